@@ -1,0 +1,240 @@
+//! The KMS behind one trait: wrap and unwrap under a customer's key, with an exact context.
+//!
+//! An error says which of three things happened, because they are acted upon differently: the KMS
+//! *refused* (proof that the key was taken away), it *could not be asked* (no proof of anything),
+//! or the ciphertext does not belong to this key and context (swapped or damaged).
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use zeroize::Zeroizing;
+
+use crate::{Region, TenantId};
+
+/// Why a KMS refused: each is proof that the key is not to be used now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    Disabled,
+    PendingDeletion,
+    PendingImport,
+    Unavailable,
+    AccessDenied,
+    NotFound,
+}
+
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Refusal::Disabled => "disabled",
+            Refusal::PendingDeletion => "pending deletion",
+            Refusal::PendingImport => "pending import",
+            Refusal::Unavailable => "unavailable",
+            Refusal::AccessDenied => "access denied",
+            Refusal::NotFound => "not found",
+        })
+    }
+}
+
+#[derive(Debug, Error)]
+pub enum KmsError {
+    #[error("the KMS refuses key {key}: {refusal}. {hint}")]
+    Refused {
+        key: String,
+        refusal: Refusal,
+        hint: &'static str,
+    },
+    #[error("the KMS of key {key} cannot be asked: {cause}")]
+    Unreachable { key: String, cause: String },
+    #[error("key {key} does not open this ciphertext in this context: it was swapped or damaged")]
+    WrongCiphertext { key: String },
+    #[error("{0}")]
+    Invalid(String),
+}
+
+impl KmsError {
+    pub fn refused(key: &KeyUri, refusal: Refusal) -> Self {
+        let hint = match refusal {
+            Refusal::Disabled => "Enable it to resume",
+            Refusal::PendingDeletion => "Cancel the deletion and enable it to resume",
+            Refusal::PendingImport => "Import its material again to resume",
+            Refusal::Unavailable => "Its custom key store must be connected",
+            Refusal::AccessDenied => {
+                "Its policy must allow Encrypt, Decrypt and DescribeKey to this node"
+            }
+            Refusal::NotFound => "A deleted key cannot be brought back",
+        };
+        KmsError::Refused {
+            key: key.to_string(),
+            refusal,
+            hint,
+        }
+    }
+
+    /// Whether asking again later can help without anyone acting.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, KmsError::Unreachable { .. })
+    }
+}
+
+/// Names a KEK: `local:NAME`, or the full ARN of an AWS KMS key.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum KeyUri {
+    Local(String),
+    Aws { arn: String, cloud_region: String },
+}
+
+impl KeyUri {
+    /// Refuses a key outside `region`. A multi-region key (`mrk-`) is refused, because its replicas
+    /// are not checked yet.
+    pub fn check_jurisdiction(&self, region: Region) -> Result<(), KmsError> {
+        let KeyUri::Aws { arn, cloud_region } = self else {
+            return Ok(());
+        };
+        region
+            .admits(&format!("KMS key {arn}"), cloud_region)
+            .map_err(KmsError::Invalid)?;
+        if arn.contains(":key/mrk-") {
+            return Err(KmsError::Invalid(format!(
+                "KMS key {arn} is a multi-region key, whose replicas may lie outside {region}; use a single-region key"
+            )));
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Display for KeyUri {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            KeyUri::Local(name) => write!(f, "local:{name}"),
+            KeyUri::Aws { arn, .. } => f.write_str(arn),
+        }
+    }
+}
+
+impl std::str::FromStr for KeyUri {
+    type Err = KmsError;
+    fn from_str(s: &str) -> Result<Self, KmsError> {
+        if let Some(name) = s.strip_prefix("local:") {
+            let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_' || c == '.';
+            if !name.is_empty() && name.len() <= 128 && name.chars().all(plain) {
+                return Ok(KeyUri::Local(name.to_string()));
+            }
+            return Err(KmsError::Invalid(format!(
+                "\"{s}\" is not a local key: after local: come 1 to 128 letters, digits, '-', '_' or '.'"
+            )));
+        }
+        let parts: Vec<&str> = s.splitn(6, ':').collect();
+        match parts[..] {
+            ["arn", partition, "kms", cloud_region, _, id]
+                if partition.starts_with("aws") && id.starts_with("key/") =>
+            {
+                Ok(KeyUri::Aws {
+                    arn: s.to_string(),
+                    cloud_region: cloud_region.to_string(),
+                })
+            }
+            _ => Err(KmsError::Invalid(format!(
+                "\"{s}\" is not a key; use local:NAME or arn:aws:kms:REGION:ACCOUNT:key/ID"
+            ))),
+        }
+    }
+}
+
+impl Serialize for KeyUri {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for KeyUri {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        String::deserialize(d)?
+            .parse()
+            .map_err(serde::de::Error::custom)
+    }
+}
+
+/// The encryption context {tenant, region, purpose}. A ciphertext opens under exactly the context
+/// that it was made under.
+#[derive(Clone, Debug)]
+pub struct Context {
+    pub tenant: TenantId,
+    pub region: Region,
+    pub purpose: &'static str,
+}
+
+impl Context {
+    pub fn pairs(&self) -> BTreeMap<&'static str, String> {
+        BTreeMap::from([
+            ("tenant", self.tenant.to_string()),
+            ("region", self.region.to_string()),
+            ("purpose", self.purpose.to_string()),
+        ])
+    }
+
+    /// One unambiguous byte string, for providers without a context of their own.
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        for (k, v) in self.pairs() {
+            for part in [k, &v] {
+                out.extend_from_slice(&(part.len() as u32).to_be_bytes());
+                out.extend_from_slice(part.as_bytes());
+            }
+        }
+        out
+    }
+}
+
+/// A KMS. Plaintexts are at most 4 KiB. Calls are bounded in time by the provider.
+#[async_trait]
+pub trait Provider: Send + Sync {
+    async fn wrap(&self, key: &KeyUri, plain: &[u8], ctx: &Context) -> Result<Vec<u8>, KmsError>;
+    async fn unwrap(
+        &self,
+        key: &KeyUri,
+        wrapped: &[u8],
+        ctx: &Context,
+    ) -> Result<Zeroizing<Vec<u8>>, KmsError>;
+}
+
+/// The providers a node is configured with, by kind of key.
+#[derive(Clone, Default)]
+pub struct Providers {
+    pub local: Option<Arc<dyn Provider>>,
+    pub aws: Option<Arc<dyn Provider>>,
+}
+
+impl Providers {
+    pub fn of(&self, key: &KeyUri) -> Result<&Arc<dyn Provider>, KmsError> {
+        let (provider, section) = match key {
+            KeyUri::Local(_) => (&self.local, "[kms.local]"),
+            KeyUri::Aws { .. } => (&self.aws, "[kms.aws]"),
+        };
+        provider.as_ref().ok_or_else(|| {
+            KmsError::Invalid(format!(
+                "no provider for key {key}: node.toml has no {section} section"
+            ))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn key_uris() {
+        assert_eq!("local:acme".parse::<KeyUri>().unwrap().to_string(), "local:acme");
+        for bad in ["", "acme", "local:", "local:a/b", "arn:aws:s3:::b", "arn:aws:kms:eu-west-1:1:alias/x"] {
+            assert!(bad.parse::<KeyUri>().is_err(), "{bad}");
+        }
+        let outside: KeyUri = "arn:aws:kms:eu-west-2:1:key/x".parse().unwrap();
+        let e = outside.check_jurisdiction(Region::Eu).unwrap_err().to_string();
+        assert!(e.contains("eu-west-2") && e.contains("jurisdiction eu"), "{e}");
+        let multi: KeyUri = "arn:aws:kms:eu-west-1:1:key/mrk-1".parse().unwrap();
+        assert!(multi.check_jurisdiction(Region::Eu).is_err());
+    }
+}

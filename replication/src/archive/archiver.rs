@@ -1,0 +1,260 @@
+//! The archiver of one group: on the leader, ships committed entries as links, and checkpoints.
+//!
+//! Invariants. Only entries that this node has applied, hence committed, are shipped. A link is
+//! created behind the one that this writer has read; another's link in its place is adopted or
+//! ends this writer. Failures of the bucket are retried for ever with backoff, the ledger grows
+//! meanwhile, and no write is refused because of them. A closed chain fences the group.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use openraft::async_runtime::WatchReceiver;
+use tokio::time::Instant;
+
+use super::chain::{Chain, ChainError, Created, Tail};
+use super::checkpoint::{self, Manifest};
+use super::link::{Header, LinkState};
+use crate::group::Group;
+use crate::machine::State;
+
+/// A link is cut at this size, if its time has not come before.
+const MAX_LINK: usize = 4 << 20;
+/// A checkpoint is uploaded once this much was shipped since the last one.
+const CHECKPOINT_BYTES: u64 = 64 << 20;
+const MIN_RETRY: Duration = Duration::from_millis(100);
+const MAX_RETRY: Duration = Duration::from_secs(5);
+/// How often an idle leader looks whether its chain was closed.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// Told of each link that this node created or adopted.
+pub type Report = Arc<dyn Fn(crate::GroupId, &Tail) + Send + Sync>;
+
+pub struct Archiver {
+    chain: Chain,
+    writer: String,
+    /// A link is cut when this has passed since the oldest entry that it would hold.
+    interval: Duration,
+    report: Report,
+}
+
+/// Runs as long as the group is open; idle while another node leads.
+pub async fn run(group: Arc<Group>, chain: Chain, rpo: Duration, report: Report) {
+    let archiver = Archiver {
+        chain,
+        writer: hex::encode(kms::secret::random_bytes::<8>()),
+        interval: rpo / 2,
+        report,
+    };
+    let mut retry = MIN_RETRY;
+    loop {
+        if group.is_fenced() {
+            return;
+        }
+        if !group.is_leader() {
+            let mut metrics = group.shared().raft.metrics();
+            let changed = metrics.changed();
+            let _ = tokio::time::timeout(Duration::from_millis(500), changed).await;
+            continue;
+        }
+        match archiver.lead(&group, &mut retry).await {
+            Ok(()) => {}
+            Err(ChainError::Closed(incarnation)) => {
+                tracing::error!(group = %group.id(), incarnation, "the chain is closed: a restore has taken this tenant over");
+                group.fence().await;
+                return;
+            }
+            Err(e) => {
+                // Once per round of backoff; the ledger's age is the alarm.
+                tracing::warn!(group = %group.id(), error = %e, retry_ms = retry.as_millis() as u64, "archiving does not succeed; it is tried again");
+                tokio::time::sleep(retry).await;
+                retry = (retry * 2).min(MAX_RETRY);
+            }
+        }
+    }
+}
+
+fn now_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.unwrap_or_default().as_millis() as u64
+}
+
+impl Archiver {
+    /// Ships while this node leads.
+    async fn lead(&self, group: &Group, retry: &mut Duration) -> Result<(), ChainError> {
+        let mut tail = self.chain.tail(0).await?;
+        if let Some(closed) = tail.closed() {
+            return Err(ChainError::Closed(closed.incarnation));
+        }
+        group.note_archived(tail.last_index());
+        let mut known: Vec<(u64, u64, String)> = vec![(tail.number, tail.last_index(), tail.hash.clone())];
+        let mut shipped = 0u64;
+        let mut since_checkpoint = 0u64;
+        let mut applied = group.store().watch();
+        while group.is_leader() && !group.is_fenced() {
+            let state = applied.borrow_and_update().clone();
+            let index = state.applied.map_or(0, |at| at.index);
+            if index <= tail.last_index() {
+                let idle = tokio::time::timeout(LOOK, applied.changed()).await;
+                if idle.is_err() {
+                    self.look(group, &mut tail).await?;
+                }
+                continue;
+            }
+            let due = Instant::now() + self.interval;
+            let state = self.gather(group, &tail, &mut applied, state, due).await;
+            let size = self.ship(group, &mut tail, &state).await?;
+            *retry = MIN_RETRY;
+            shipped += size;
+            since_checkpoint += size;
+            known.push((tail.number, tail.last_index(), tail.hash.clone()));
+            if known.len() > 4096 {
+                known.remove(0);
+            }
+            if since_checkpoint >= CHECKPOINT_BYTES && self.checkpoint(group, &known).await? {
+                since_checkpoint = 0;
+            }
+        }
+        tracing::debug!(group = %group.id(), shipped, "no longer leading");
+        Ok(())
+    }
+
+    /// Waits until the link is due or full; answers the newest state to ship.
+    async fn gather(
+        &self,
+        group: &Group,
+        tail: &Tail,
+        applied: &mut tokio::sync::watch::Receiver<State>,
+        mut state: State,
+        due: Instant,
+    ) -> State {
+        if self.interval.is_zero() {
+            return state;
+        }
+        while group.is_leader() {
+            let to = state.applied.map_or(0, |at| at.index);
+            // Entries are batches of up to 1 MiB: counting them is enough to bound the wait.
+            if to - tail.last_index() >= 64 && self.pending_bytes(group, tail, to) >= MAX_LINK {
+                break;
+            }
+            match tokio::time::timeout_at(due, applied.changed()).await {
+                Ok(Ok(())) => state = applied.borrow_and_update().clone(),
+                _ => break,
+            }
+            tokio::time::sleep_until(due.min(Instant::now() + Duration::from_millis(20))).await;
+        }
+        state
+    }
+
+    fn pending_bytes(&self, group: &Group, tail: &Tail, to: u64) -> usize {
+        let log = &group.shared().log;
+        let read = log.read(tail.last_index() + 1, to + 1, MAX_LINK);
+        read.map_or(0, |entries| entries.iter().map(|(_, bytes)| bytes.len()).sum())
+    }
+
+    /// Creates links until `state` is covered, or one link if there is more than fits.
+    async fn ship(&self, group: &Group, tail: &mut Tail, state: &State) -> Result<u64, ChainError> {
+        let end = state.applied.map_or(0, |at| at.index);
+        let log = &group.shared().log;
+        let start = match (tail.last_index(), log.purged()) {
+            (0, Some(purged)) if tail.header.is_none() => purged.index + 1,
+            // The first entry of a log has index 0.
+            (0, None) if tail.header.is_none() => 0,
+            (last, _) => last + 1,
+        };
+        let read = log.read(start, end + 1, MAX_LINK).map_err(|e| ChainError::Store {
+            object: "the node's log".into(),
+            cause: object_store::Error::Generic {
+                store: "local disk",
+                source: Box::new(e),
+            },
+        })?;
+        let Some((last, _)) = read.last() else {
+            return Ok(0);
+        };
+        let last = *last;
+        let entries: Vec<_> = read.into_iter().map(|(_, bytes)| bytes).collect();
+        let size = entries.iter().map(|e| e.len() as u64).sum();
+        let header = Header {
+            term: self.term(group),
+            last: Some(last),
+            state: (Some(last) == state.applied).then(|| LinkState {
+                revision: state.revision,
+                time_ms: state.time_ms,
+                digests: state.digests,
+            }),
+            ..self.blank()
+        };
+        self.create(group, tail, header, &entries).await?;
+        Ok(size)
+    }
+
+    fn blank(&self) -> Header {
+        Header {
+            group: self.chain.group(),
+            number: 0,
+            previous: String::new(),
+            term: 0,
+            writer: self.writer.clone(),
+            last: None,
+            entries: 0,
+            state: None,
+            written_ms: now_ms(),
+            closed: None,
+            base: None,
+        }
+    }
+
+    fn term(&self, group: &Group) -> u64 {
+        group.shared().raft.metrics().borrow_watched().current_term
+    }
+
+    async fn create(&self, group: &Group, tail: &mut Tail, header: Header, entries: &[bytes::Bytes]) -> Result<(), ChainError> {
+        let term = header.term;
+        match self.chain.create(tail, header, entries).await? {
+            Created::Ours(next) => *tail = next,
+            Created::Theirs(theirs) => *tail = self.chain.adopt(tail, &theirs, term)?,
+        }
+        group.note_archived(tail.last_index());
+        (self.report)(group.id(), tail);
+        Ok(())
+    }
+
+    /// Looks whether the next link exists, which only another writer can have made.
+    async fn look(&self, group: &Group, tail: &mut Tail) -> Result<(), ChainError> {
+        match self.chain.read(tail.number + 1).await {
+            Ok(theirs) => {
+                *tail = self.chain.adopt(tail, &theirs, self.term(group))?;
+                group.note_archived(tail.last_index());
+                Ok(())
+            }
+            Err(ChainError::Missing(_)) => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Uploads this node's newest checkpoint, if links cover it; answers whether it did.
+    async fn checkpoint(&self, group: &Group, known: &[(u64, u64, String)]) -> Result<bool, ChainError> {
+        let Some((state, dir)) = group.checkpoint() else {
+            return Ok(false);
+        };
+        let Some(position) = state.applied else {
+            return Ok(false);
+        };
+        let Some((link, _, hash)) = known.iter().rev().find(|(_, last, _)| *last <= position.index) else {
+            return Ok(false);
+        };
+        let manifest = Manifest {
+            format: checkpoint::FORMAT,
+            group: group.id(),
+            link: *link,
+            link_hash: hash.clone(),
+            position,
+            revision: state.revision,
+            digests: state.digests,
+            files: Vec::new(),
+        };
+        checkpoint::upload(&self.chain, &dir, manifest).await?;
+        tracing::info!(group = %group.id(), at = %position, "a checkpoint is in the bucket");
+        Ok(true)
+    }
+}

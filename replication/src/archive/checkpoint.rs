@@ -1,0 +1,156 @@
+//! Checkpoints in the bucket: content-addressed files, and a manifest that lists them.
+//!
+//! Data first, manifest last. A file is uploaded once and named by the hash of its ciphertext; the
+//! manifest is authenticated with the region's archive key.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+use kms::Secret;
+use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, WriteMultipart};
+use serde::{Deserialize, Serialize};
+
+use super::bucket::{checkpoints_dir, file_path};
+use super::chain::{Chain, ChainError};
+use super::link::LinkError;
+use crate::mvcc::digest::Digests;
+use crate::{GroupId, Position};
+
+pub const FORMAT: u32 = 1;
+const IN_FLIGHT: usize = 4;
+/// Files above this go up in parts.
+const PART: usize = 8 << 20;
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ManifestFile {
+    pub name: String,
+    pub length: u64,
+    /// BLAKE3 of the ciphertext, in hex.
+    pub hash: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    pub format: u32,
+    pub group: GroupId,
+    /// A link at or before `position`: replay begins with the one after it.
+    pub link: u64,
+    pub link_hash: String,
+    pub position: Position,
+    pub revision: i64,
+    pub digests: Digests,
+    pub files: Vec<ManifestFile>,
+}
+
+/// `manifest (JSON) | MAC (32)`.
+pub fn encode(key: &Secret, manifest: &Manifest) -> Vec<u8> {
+    let mut out = serde_json::to_vec(manifest).expect("a manifest of strings and numbers is JSON");
+    let tag = blake3::keyed_hash(key.expose(), &out);
+    out.extend_from_slice(tag.as_bytes());
+    out
+}
+
+pub fn decode(key: &Secret, group: GroupId, bytes: &[u8]) -> Result<Manifest, LinkError> {
+    let (json, tag) = bytes.split_last_chunk::<32>().ok_or(LinkError::Truncated)?;
+    if blake3::keyed_hash(key.expose(), json) != blake3::Hash::from(*tag) {
+        return Err(LinkError::Forged);
+    }
+    let manifest: Manifest =
+        serde_json::from_slice(json).map_err(|e| LinkError::Malformed(e.to_string()))?;
+    if manifest.format != FORMAT {
+        return Err(LinkError::Format(manifest.format as u8));
+    }
+    if manifest.group != group {
+        return Err(LinkError::OtherGroup(manifest.group));
+    }
+    Ok(manifest)
+}
+
+async fn upload_file(bucket: &Arc<dyn ObjectStore>, group: GroupId, path: &Path) -> Result<ManifestFile, ChainError> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let local = |e: std::io::Error| ChainError::Store {
+        object: name.clone(),
+        cause: object_store::Error::Generic {
+            store: "local disk",
+            source: Box::new(e),
+        },
+    };
+    let read = path.to_path_buf();
+    let bytes = tokio::task::spawn_blocking(move || std::fs::read(read))
+        .await
+        .map_err(|e| local(std::io::Error::other(e)))?
+        .map_err(local)?;
+    let bytes = Bytes::from(bytes);
+    let file = ManifestFile {
+        hash: blake3::hash(&bytes).to_hex().to_string(),
+        length: bytes.len() as u64,
+        name: name.clone(),
+    };
+    let object = file_path(group.tenant, &file.hash);
+    let store = |cause| ChainError::Store {
+        object: object.to_string(),
+        cause,
+    };
+    match bucket.head(&object).await {
+        Ok(meta) if meta.size == file.length => return Ok(file),
+        Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
+        Err(e) => return Err(store(e)),
+    }
+    if bytes.len() <= PART {
+        bucket.put(&object, PutPayload::from(bytes)).await.map_err(store)?;
+    } else {
+        let upload = bucket.put_multipart(&object).await.map_err(store)?;
+        let mut writer = WriteMultipart::new_with_chunk_size(upload, PART);
+        writer.put(bytes);
+        writer.finish().await.map_err(store)?;
+    }
+    Ok(file)
+}
+
+/// Uploads the files of a checkpoint in `dir`, then its manifest. `manifest.files` is filled here.
+pub async fn upload(chain: &Chain, dir: &Path, mut manifest: Manifest) -> Result<(), ChainError> {
+    let local = |e: std::io::Error| ChainError::Store {
+        object: dir.display().to_string(),
+        cause: object_store::Error::Generic {
+            store: "local disk",
+            source: Box::new(e),
+        },
+    };
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(local)? {
+        paths.push(entry.map_err(local)?.path());
+    }
+    paths.sort();
+    let group = manifest.group;
+    let bucket = chain.bucket();
+    manifest.files = futures::stream::iter(paths)
+        .map(|path| async move { upload_file(bucket, group, &path).await })
+        .buffered(IN_FLIGHT)
+        .try_collect()
+        .await?;
+    let writer = hex::encode(kms::secret::random_bytes::<8>());
+    let object = checkpoints_dir(group).join(format!("{:020}-{writer}", manifest.link));
+    let bytes = encode(chain.key(), &manifest);
+    let put = bucket.put_opts(&object, PutPayload::from(bytes), PutMode::Create.into()).await;
+    put.map(drop).map_err(|cause| ChainError::Store {
+        object: object.to_string(),
+        cause,
+    })
+}
+
+/// Names of a group's manifests, newest first.
+pub async fn list(bucket: &Arc<dyn ObjectStore>, group: GroupId) -> Result<Vec<object_store::path::Path>, ChainError> {
+    let dir = checkpoints_dir(group);
+    let found: Vec<_> = bucket.list(Some(&dir)).try_collect().await.map_err(|cause| ChainError::Store {
+        object: dir.to_string(),
+        cause,
+    })?;
+    let mut names: Vec<_> = found.into_iter().map(|meta| meta.location).collect();
+    names.sort();
+    names.reverse();
+    Ok(names)
+}

@@ -1,0 +1,69 @@
+//! Sealing a batch of commands into a log entry, and opening it.
+//!
+//! A batch is encoded (prost), compressed (zstd) and sealed under the tenant's key before it is
+//! proposed. From there on, logs, peers and bucket see ciphertext. See docs/formats/log-entry.md.
+
+use std::sync::Arc;
+
+use kms::{Opener, Purpose, SealError, Sealer, TenantKeys};
+use prost::Message;
+use thiserror::Error;
+
+use crate::GroupId;
+use crate::proto::command::{Batch, Command};
+
+/// The version of the batch format that this build writes and reads.
+pub const VERSION: u32 = 1;
+const ZSTD_LEVEL: i32 = 1;
+/// An entry opens to at most this many bytes: a batch's cap and room for one large request.
+const MAX_OPENED: usize = 16 << 20;
+
+#[derive(Debug, Error)]
+pub enum OpenError {
+    #[error(transparent)]
+    Seal(#[from] SealError),
+    #[error("an authenticated entry does not decode: {0}")]
+    Decode(String),
+    #[error("entry format {0} is not known to this version of holdfastd, which reads {VERSION}")]
+    Version(u32),
+}
+
+/// Seals and opens the entries of one group.
+pub struct EntryCodec {
+    sealer: Sealer,
+    opener: Opener,
+}
+
+impl EntryCodec {
+    pub fn new(keys: &Arc<TenantKeys>, group: GroupId) -> Self {
+        EntryCodec {
+            sealer: Sealer::new(keys, group.incarnation, Purpose::LogEntry),
+            opener: Opener::new(keys.clone(), group.incarnation, Purpose::LogEntry),
+        }
+    }
+
+    /// `time_ms`: the leader's clock, milliseconds since 1970. Gives the commands back.
+    pub fn seal(&self, commands: Vec<Command>, time_ms: u64) -> (Vec<u8>, Vec<Command>) {
+        let batch = Batch {
+            version: VERSION,
+            time_ms,
+            commands,
+        };
+        let plain = batch.encode_to_vec();
+        let compressed =
+            zstd::bulk::compress(&plain, ZSTD_LEVEL).expect("compressing in memory succeeds");
+        (self.sealer.seal(&compressed), batch.commands)
+    }
+
+    pub fn open(&self, sealed: &[u8]) -> Result<Batch, OpenError> {
+        let compressed = self.opener.open(sealed)?;
+        let plain = zstd::bulk::decompress(&compressed, MAX_OPENED)
+            .map_err(|e| OpenError::Decode(e.to_string()))?;
+        let batch =
+            Batch::decode(plain.as_slice()).map_err(|e| OpenError::Decode(e.to_string()))?;
+        match batch.version {
+            VERSION => Ok(batch),
+            other => Err(OpenError::Version(other)),
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! One tenant's RocksDB.
+//!
+//! Invariants. The write-ahead log is off and flushes are atomic over column families: after a
+//! crash the engine stands at one applied entry, no later than its last write, and the Raft log
+//! replays the rest. Every file is encrypted (`env`). Closing does not flush. The instances of a
+//! node share one write-buffer budget and the process's background threads; each has a block cache
+//! of its own, so that its blocks can be erased with it.
+
+pub mod env;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use kms::TenantKeys;
+use rocksdb::checkpoint::Checkpoint;
+use rocksdb::{
+    BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, InfoLogger, LogLevel, Options,
+    WriteBatch, WriteBufferManager, WriteOptions,
+};
+use thiserror::Error;
+
+pub use env::Ciphering;
+
+/// Column families; see docs/ARCHITECTURE.md for what each holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cf {
+    Kv,
+    Rev,
+    Hist,
+    Lease,
+    Auth,
+    Meta,
+}
+
+impl Cf {
+    pub const ALL: [Cf; 6] = [Cf::Kv, Cf::Rev, Cf::Hist, Cf::Lease, Cf::Auth, Cf::Meta];
+
+    fn name(self) -> &'static str {
+        match self {
+            Cf::Kv => "kv",
+            Cf::Rev => "rev",
+            Cf::Hist => "hist",
+            Cf::Lease => "lease",
+            Cf::Auth => "auth",
+            Cf::Meta => "meta",
+        }
+    }
+}
+
+#[derive(Debug, Error)]
+pub enum EngineError {
+    /// RocksDB's class of error only: its text can quote keys.
+    #[error("the tenant's engine failed: {0:?}")]
+    RocksDb(rocksdb::ErrorKind),
+    #[error("a row in the engine is damaged: {0}")]
+    Damaged(&'static str),
+    #[error("engine format {0} is not known to this version of holdfastd; run the version that wrote it, or a newer one")]
+    Format(u8),
+    #[error("{0}")]
+    Io(String),
+}
+
+impl From<rocksdb::Error> for EngineError {
+    fn from(e: rocksdb::Error) -> Self {
+        EngineError::RocksDb(e.kind())
+    }
+}
+
+impl From<EngineError> for std::io::Error {
+    fn from(e: EngineError) -> Self {
+        std::io::Error::other(e.to_string())
+    }
+}
+
+/// What all engines of a node share.
+pub struct Budget {
+    write_buffers: WriteBufferManager,
+    cache_bytes: usize,
+    pub ciphering: Ciphering,
+}
+
+impl Budget {
+    /// `write_bytes` bounds all memtables of the node together; `cache_bytes` one tenant's cache.
+    pub fn new(write_bytes: usize, cache_bytes: usize, ciphering: Ciphering) -> Arc<Self> {
+        Arc::new(Budget {
+            write_buffers: WriteBufferManager::new_write_buffer_manager(write_bytes, false),
+            cache_bytes,
+            ciphering,
+        })
+    }
+}
+
+const MEMTABLE: usize = 32 << 20;
+const BLOOM_BITS: f64 = 10.0;
+
+/// An open engine. Dropping it closes RocksDB.
+pub struct Engine {
+    db: DB,
+    path: PathBuf,
+    unlogged: WriteOptions,
+}
+
+impl Engine {
+    /// Opens the engine in `path`, which is made if it does not exist.
+    pub fn open(path: &Path, keys: Arc<TenantKeys>, budget: &Budget) -> Result<Self, EngineError> {
+        let env = env::encrypted_env(keys, budget.ciphering).map_err(EngineError::Io)?;
+        // A sealed tenant's engine is closed without writing.
+        let mut options =
+            Options::default().get_options_from_string("avoid_flush_during_shutdown=true")?;
+        options.create_if_missing(true);
+        options.create_missing_column_families(true);
+        options.set_env(&env);
+        options.set_atomic_flush(true);
+        options.set_write_buffer_manager(&budget.write_buffers);
+        options.set_info_logger(InfoLogger::new_callback_logger(LogLevel::Error, |_, _| {
+            tracing::error!("RocksDB reports an error in a tenant's engine");
+        }));
+        let cache = Cache::new_lru_cache(budget.cache_bytes);
+        let families = Cf::ALL.map(|cf| {
+            ColumnFamilyDescriptor::new(cf.name(), Self::family_options(cf, &cache, &env))
+        });
+        let db = DB::open_cf_descriptors(&options, path, families)?;
+        let mut unlogged = WriteOptions::default();
+        unlogged.disable_wal(true);
+        Ok(Engine {
+            db,
+            path: path.to_path_buf(),
+            unlogged,
+        })
+    }
+
+    fn family_options(cf: Cf, cache: &Cache, env: &rocksdb::Env) -> Options {
+        let mut table = BlockBasedOptions::default();
+        table.set_block_cache(cache);
+        table.set_cache_index_and_filter_blocks(true);
+        table.set_pin_l0_filter_and_index_blocks_in_cache(true);
+        let mut options = Options::default();
+        options.set_env(env);
+        options.set_write_buffer_size(MEMTABLE);
+        options.set_compression_type(rocksdb::DBCompressionType::Lz4);
+        if matches!(cf, Cf::Kv | Cf::Auth) {
+            table.set_bloom_filter(BLOOM_BITS, false);
+            options.set_memtable_whole_key_filtering(true);
+            options.set_memtable_prefix_bloom_ratio(0.05);
+        }
+        options.set_block_based_table_factory(&table);
+        options
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn db(&self) -> &DB {
+        &self.db
+    }
+
+    pub fn cf(&self, cf: Cf) -> &rocksdb::ColumnFamily {
+        self.db
+            .cf_handle(cf.name())
+            .expect("every column family is opened with the engine")
+    }
+
+    pub fn get(&self, cf: Cf, key: &[u8]) -> Result<Option<Vec<u8>>, EngineError> {
+        Ok(self.db.get_cf(self.cf(cf), key)?)
+    }
+
+    /// Applies `batch` atomically, in memory: durability is the Raft log's.
+    pub fn write(&self, batch: WriteBatch) -> Result<(), EngineError> {
+        Ok(self.db.write_opt(batch, &self.unlogged)?)
+    }
+
+    /// Flushes all column families together and links the files into `target`, which must not
+    /// exist.
+    pub fn checkpoint(&self, target: &Path) -> Result<(), EngineError> {
+        Ok(Checkpoint::new(&self.db)?.create_checkpoint(target)?)
+    }
+}
+
+/// Links every file of `from` into `to`, which must not exist, and syncs the directory. Files that
+/// RocksDB has finished are never written again, so that a link is a copy.
+pub fn link_dir(from: &Path, to: &Path) -> std::io::Result<()> {
+    std::fs::create_dir(to)?;
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
+        if entry.file_name() != "LOCK" {
+            std::fs::hard_link(entry.path(), to.join(entry.file_name()))?;
+        }
+    }
+    std::fs::File::open(to)?.sync_all()
+}

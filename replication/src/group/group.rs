@@ -1,0 +1,499 @@
+//! A group as the daemon uses it.
+//!
+//! Invariants. Nothing is acknowledged before a majority has synced it and this node has applied
+//! it. A fenced group (its chain was closed by a restore) neither writes nor leads. The log is
+//! purged only behind this node's own durable checkpoint and the archived index, whichever is
+//! less.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use kms::TenantKeys;
+use openraft::async_runtime::WatchReceiver;
+use openraft::raft::SnapshotResponse;
+use openraft::{BasicNode, Config, Raft, SnapshotPolicy};
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use super::network::Network;
+use super::propose::{ProposeError, Proposer};
+use super::read::Reads;
+use super::replica::ReplicaDir;
+use super::state_machine::{Replica, SnapshotDir, StateMachine};
+use super::types::{SnapshotMeta, TypeConfig, Vote};
+use crate::archive::ledger::Ledger;
+use crate::command::EntryCodec;
+use crate::engine::{Budget, Engine, EngineError};
+use crate::log::{LogReader, NodeLog};
+use crate::machine::{Machine, State, Store};
+use crate::mvcc::digest::Digests;
+use crate::network::Peers;
+use crate::proto::command::{Command, Reply};
+use crate::GroupId;
+
+/// Heartbeats are one per group: at 500 ms, 200 idle groups cost 5% of a core.
+const HEARTBEAT_MS: u64 = 500;
+/// Well above the worst fsync seen (over 100 ms), and above two lost heartbeats.
+const ELECTION_MS: (u64, u64) = (1500, 2500);
+/// A checkpoint is made when this much was written since the last one.
+const CHECKPOINT_BYTES: u64 = 64 << 20;
+const MAINTENANCE: Duration = Duration::from_secs(1);
+/// Digests kept to compare with other replicas'.
+const RECENT_DIGESTS: usize = 512;
+
+#[derive(Debug, Error)]
+pub enum GroupError {
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error("replica directory {path}: {cause}")]
+    Io { path: String, cause: std::io::Error },
+    #[error("group {group}: {cause}")]
+    Raft { group: GroupId, cause: String },
+}
+
+/// What a group is opened with.
+pub struct GroupConfig {
+    pub id: GroupId,
+    pub node: u64,
+    /// The replica's own directory.
+    pub dir: PathBuf,
+    pub keys: Arc<TenantKeys>,
+    pub budget: Arc<Budget>,
+    pub log: Arc<NodeLog>,
+    pub peers: Arc<Peers>,
+    /// Answer writes only once they are archived.
+    pub rpo_zero: bool,
+    /// Writes are refused while fewer members vote: a majority of the placement.
+    pub min_voters: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    Leader,
+    Follower,
+    Candidate,
+    Learner,
+    Stopped,
+}
+
+/// A group as it stands on this node.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GroupStatus {
+    pub group: GroupId,
+    pub role: Role,
+    pub term: u64,
+    pub leader: Option<u64>,
+    pub voters: Vec<u64>,
+    pub learners: Vec<u64>,
+    pub applied: u64,
+    pub archived: u64,
+    pub revision: i64,
+    pub compacted: i64,
+    pub bytes: u64,
+    pub digests: Digests,
+    /// Age in milliseconds of the oldest acknowledged write that is not archived.
+    pub rpo_ms: u64,
+    pub fenced: bool,
+}
+
+/// What the parts of a group share.
+pub struct Shared {
+    pub raft: Raft<TypeConfig, StateMachine>,
+    pub store: Arc<Store>,
+    pub codec: Arc<EntryCodec>,
+    pub peers: Arc<Peers>,
+    pub group: GroupId,
+    pub rpo_zero: bool,
+    pub ledger: Ledger,
+    pub log: LogReader,
+    archived: watch::Sender<u64>,
+    /// What goes out with appends.
+    archived_out: Arc<AtomicU64>,
+    min_voters: usize,
+    fenced: AtomicBool,
+}
+
+impl Shared {
+    pub fn may_write(&self) -> bool {
+        let metrics = self.raft.metrics();
+        let voters = metrics.borrow_watched().membership_config.voter_ids().count();
+        !self.fenced.load(Ordering::Acquire) && voters >= self.min_voters
+    }
+
+    /// The leader's id and address, as this node knows it.
+    pub fn leader(&self) -> Option<(u64, String)> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let leader = metrics.current_leader.filter(|id| *id != metrics.id)?;
+        let node = metrics.membership_config.membership().get_node(&leader)?;
+        Some((leader, node.addr.clone()))
+    }
+
+    pub fn archived(&self) -> u64 {
+        *self.archived.borrow()
+    }
+
+    pub fn note_archived(&self, index: u64) {
+        let moved = self.archived.send_if_modified(|known| {
+            let moved = index > *known;
+            *known = index.max(*known);
+            moved
+        });
+        if moved {
+            self.archived_out.fetch_max(index, Ordering::Relaxed);
+            self.ledger.archived(index);
+        }
+    }
+
+    pub async fn wait_archived(&self, index: u64, within: Duration) -> bool {
+        let mut archived = self.archived.subscribe();
+        let wait = archived.wait_for(|known| *known >= index);
+        matches!(tokio::time::timeout(within, wait).await, Ok(Ok(_)))
+    }
+
+    pub async fn wait_applied(&self, index: u64, within: Duration) -> bool {
+        let reached = |state: &crate::machine::State| state.applied.is_some_and(|at| at.index >= index);
+        let mut applied = self.store.watch();
+        if index == 0 || reached(&applied.borrow()) {
+            return true;
+        }
+        let wait = applied.wait_for(reached);
+        matches!(tokio::time::timeout(within, wait).await, Ok(Ok(_)))
+    }
+}
+
+/// One tenant's group on this node.
+pub struct Group {
+    shared: Arc<Shared>,
+    proposer: Proposer,
+    reads: Reads,
+    keys: Arc<TenantKeys>,
+    dir: PathBuf,
+    replica: Arc<Replica>,
+    recent: Arc<Mutex<VecDeque<(u64, Digests)>>>,
+    tasks: Mutex<JoinSet<()>>,
+}
+
+fn config(name: String) -> Result<Arc<Config>, String> {
+    let config = Config {
+        cluster_name: name,
+        heartbeat_interval: HEARTBEAT_MS,
+        election_timeout_min: ELECTION_MS.0,
+        election_timeout_max: ELECTION_MS.1,
+        install_snapshot_timeout: 600_000,
+        max_payload_entries: 64,
+        replication_lag_threshold: u64::MAX,
+        snapshot_policy: SnapshotPolicy::Never,
+        max_in_snapshot_log_to_keep: u64::MAX,
+        purge_batch_size: 1,
+        api_channel_size: Some(4096),
+        notification_channel_size: Some(4096),
+        enable_pre_vote: Some(true),
+        // A leader that applied before its own fsync and died must not resume its term.
+        enable_leader_restore: Some(false),
+        ..Config::default()
+    };
+    config.validate().map(Arc::new).map_err(|e| e.to_string())
+}
+
+impl Group {
+    /// Opens the replica and starts its part of the group.
+    pub async fn open(given: GroupConfig) -> Result<Arc<Self>, GroupError> {
+        let id = given.id;
+        let io = |cause| GroupError::Io {
+            path: given.dir.display().to_string(),
+            cause,
+        };
+        let raft_error = |cause: String| GroupError::Raft { group: id, cause };
+        let dir = ReplicaDir::open(&given.dir).map_err(io)?;
+        let path = dir.engine().map_err(io)?;
+        let (keys, budget) = (given.keys.clone(), given.budget.clone());
+        let engine = tokio::task::spawn_blocking(move || Engine::open(&path, keys, &budget))
+            .await
+            .map_err(|e| raft_error(e.to_string()))??;
+        let store = Arc::new(Store::open(engine)?);
+        let codec = Arc::new(EntryCodec::new(&given.keys, id));
+        let machine = Arc::new(Machine::new(store.clone(), codec.clone(), &given.keys, id));
+        let replica = Arc::new(Replica {
+            dir,
+            keys: given.keys.clone(),
+            budget: given.budget.clone(),
+            snapshots: Mutex::new(()),
+        });
+        let log = given.log.group(id);
+        let reader = log.reader();
+        let archived_out = Arc::new(AtomicU64::new(0));
+        let network = Network {
+            peers: given.peers.clone(),
+            group: id,
+            archived: archived_out.clone(),
+        };
+        let config = config(id.to_string()).map_err(raft_error)?;
+        let raft = Raft::new(given.node, config, network, log, StateMachine { machine, replica: replica.clone() })
+            .await
+            .map_err(|e| raft_error(e.to_string()))?;
+        let shared = Arc::new(Shared {
+            raft,
+            store,
+            codec,
+            peers: given.peers,
+            group: id,
+            rpo_zero: given.rpo_zero,
+            ledger: Ledger::default(),
+            log: reader,
+            archived: watch::Sender::new(0),
+            archived_out,
+            min_voters: given.min_voters,
+            fenced: AtomicBool::new(false),
+        });
+        let group = Arc::new(Group {
+            proposer: Proposer::start(shared.clone()),
+            reads: Reads::start(shared.clone()),
+            keys: given.keys,
+            dir: given.dir,
+            replica,
+            recent: Arc::default(),
+            tasks: Mutex::new(JoinSet::new()),
+            shared: shared.clone(),
+        });
+        group.spawn(watch_applied(shared.clone(), group.recent.clone()));
+        group.spawn(maintain(shared));
+        Ok(group)
+    }
+
+    /// Runs `task` as long as the group is open.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.lock().spawn(task);
+    }
+
+    pub fn id(&self) -> GroupId {
+        self.shared.group
+    }
+
+    pub fn store(&self) -> &Arc<Store> {
+        &self.shared.store
+    }
+
+    pub fn keys(&self) -> &Arc<TenantKeys> {
+        &self.keys
+    }
+
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    pub(super) fn raft(&self) -> &Raft<TypeConfig, StateMachine> {
+        &self.shared.raft
+    }
+
+    pub(super) fn proposer(&self) -> &Proposer {
+        &self.proposer
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Proposes commands; they are applied together and in order.
+    pub async fn propose(&self, commands: Vec<Command>) -> Result<Vec<Reply>, ProposeError> {
+        self.proposer.propose(commands, false).await
+    }
+
+    /// Returns once this replica holds everything acknowledged before the call.
+    pub async fn read_barrier(&self) -> Result<(), ProposeError> {
+        self.reads.barrier().await
+    }
+
+    /// Forms the group with these members, once, on one of them. Forming it again is no error.
+    pub async fn initialize(&self, members: BTreeMap<u64, String>) -> Result<(), GroupError> {
+        let members: BTreeMap<u64, BasicNode> =
+            members.into_iter().map(|(id, address)| (id, BasicNode::new(address))).collect();
+        match self.raft().initialize(members).await {
+            Ok(()) => Ok(()),
+            Err(e) if e.api_error().is_some() => Ok(()),
+            Err(e) => Err(self.error(e)),
+        }
+    }
+
+    fn error(&self, cause: impl std::fmt::Display) -> GroupError {
+        GroupError::Raft {
+            group: self.id(),
+            cause: cause.to_string(),
+        }
+    }
+
+    /// Makes the voters be `members`: adds who is missing as a learner first, then changes.
+    pub async fn set_members(&self, members: BTreeMap<u64, String>) -> Result<(), GroupError> {
+        for (id, address) in &members {
+            let metrics = self.raft().metrics().borrow_watched().clone();
+            let known = metrics.membership_config.membership().get_node(id).is_some();
+            if !known {
+                self.raft()
+                    .add_learner(*id, BasicNode::new(address), true)
+                    .await
+                    .map_err(|e| self.error(e))?;
+            }
+        }
+        let voters: BTreeSet<u64> = members.keys().copied().collect();
+        let change = self.raft().change_membership(voters, false).await;
+        change.map(drop).map_err(|e| self.error(e))
+    }
+
+    pub(super) async fn install(&self, vote: Vote, meta: SnapshotMeta, dir: PathBuf) -> Result<SnapshotResponse<TypeConfig>, String> {
+        tracing::info!(group = %self.id(), "installing a snapshot");
+        let snapshot = openraft::alias::SnapshotOf::<TypeConfig, SnapshotDir> {
+            meta,
+            snapshot: SnapshotDir(dir),
+        };
+        self.raft().install_full_snapshot(vote, snapshot).await.map_err(|e| e.to_string())
+    }
+
+    /// Forms the group of a restored tenant: this node alone, at the state in `dir`.
+    pub async fn found_from(&self, dir: PathBuf, at: crate::Position, address: &str) -> Result<(), GroupError> {
+        let last = super::types::log_id(at);
+        let own = self.shared.peers.own_id();
+        let alone = openraft::Membership::new(
+            vec![BTreeSet::from([own])],
+            BTreeMap::from([(own, BasicNode::new(address))]),
+        )
+        .map_err(|e| self.error(e))?;
+        let meta = SnapshotMeta {
+            last_log_id: Some(last),
+            last_membership: super::types::StoredMembership::new(Some(last), alone),
+        };
+        // A foreign id: a vote of one's own would make openraft take this node for the leader.
+        let vote = Vote::new_committed(at.term + 1, u64::MAX);
+        self.install(vote, meta, dir).await.map_err(|e| self.error(e))?;
+        let raft = self.raft();
+        raft.trigger().elect(false).await.map_err(|e| self.error(e))?;
+        raft.wait(Some(Duration::from_secs(10)))
+            .state(openraft::ServerState::Leader, "restored")
+            .await
+            .map(drop)
+            .map_err(|e| self.error(e))
+    }
+
+    /// The archived index that a leader sent along.
+    pub fn note_archived(&self, index: u64) {
+        self.shared.note_archived(index);
+    }
+
+    /// Ends writing and leading for good: the chain was closed.
+    pub async fn fence(&self) {
+        if !self.shared.fenced.swap(true, Ordering::AcqRel) {
+            tracing::error!(group = %self.id(), "the tenant's chain was closed by a restore: this group stops serving");
+            let _ = self.raft().shutdown().await;
+        }
+    }
+
+    pub fn is_fenced(&self) -> bool {
+        self.shared.fenced.load(Ordering::Acquire)
+    }
+
+    pub fn is_leader(&self) -> bool {
+        self.raft().is_leader()
+    }
+
+    /// The newest checkpoint here: its state and where it lies.
+    pub fn checkpoint(&self) -> Option<(State, PathBuf)> {
+        let found = self.replica.dir.snapshot().ok()??;
+        Some((found.state, found.dir))
+    }
+
+    /// Asks for a checkpoint; it is made in the background.
+    pub async fn make_checkpoint(&self) {
+        let _ = self.raft().trigger().snapshot().await;
+    }
+
+    /// Digests of recent positions, oldest first.
+    pub fn recent_digests(&self) -> Vec<(u64, Digests)> {
+        self.recent.lock().iter().copied().collect()
+    }
+
+    pub fn status(&self) -> GroupStatus {
+        let metrics = self.raft().metrics().borrow_watched().clone();
+        let state = self.store().state();
+        let role = match metrics.state {
+            openraft::ServerState::Leader => Role::Leader,
+            openraft::ServerState::Follower => Role::Follower,
+            openraft::ServerState::Candidate => Role::Candidate,
+            openraft::ServerState::Learner => Role::Learner,
+            openraft::ServerState::Shutdown => Role::Stopped,
+        };
+        let role = if metrics.running_state.is_err() { Role::Stopped } else { role };
+        let membership = metrics.membership_config.membership().clone();
+        GroupStatus {
+            group: self.id(),
+            role,
+            term: metrics.current_term,
+            leader: metrics.current_leader,
+            voters: membership.voter_ids().collect(),
+            learners: membership.learner_ids().collect(),
+            applied: state.applied.map_or(0, |at| at.index),
+            archived: self.shared.archived(),
+            revision: state.revision,
+            compacted: state.compacted,
+            bytes: state.bytes,
+            digests: state.digests,
+            rpo_ms: self.shared.ledger.age().as_millis() as u64,
+            fenced: self.is_fenced(),
+        }
+    }
+
+    /// Waits until there is a leader that this node knows.
+    pub async fn wait_leader(&self, within: Duration) -> bool {
+        let known = self.raft().wait(Some(within));
+        known.metrics(|m| m.current_leader.is_some(), "leader").await.is_ok()
+    }
+
+    /// Stops the group's part on this node.
+    pub async fn shutdown(&self) {
+        self.tasks.lock().abort_all();
+        let _ = self.raft().shutdown().await;
+    }
+}
+
+/// Feeds the ledger and the recent digests.
+async fn watch_applied(shared: Arc<Shared>, recent: Arc<Mutex<VecDeque<(u64, Digests)>>>) {
+    let mut applied = shared.store.watch();
+    while applied.changed().await.is_ok() {
+        let (index, digests) = {
+            let state = applied.borrow_and_update();
+            (state.applied.map_or(0, |at| at.index), state.digests)
+        };
+        shared.ledger.applied(index);
+        let mut recent = recent.lock();
+        recent.push_back((index, digests));
+        if recent.len() > RECENT_DIGESTS {
+            recent.pop_front();
+        }
+    }
+}
+
+/// Makes checkpoints as the log grows, and purges the log behind checkpoint and archive.
+async fn maintain(shared: Arc<Shared>) {
+    let mut at_checkpoint: Option<u64> = None;
+    loop {
+        tokio::time::sleep(MAINTENANCE).await;
+        let state = shared.store.state();
+        let since = *at_checkpoint.get_or_insert(state.bytes);
+        if state.bytes.saturating_sub(since) >= CHECKPOINT_BYTES {
+            at_checkpoint = Some(state.bytes);
+            let _ = shared.raft.trigger().snapshot().await;
+        }
+        let metrics = shared.raft.metrics().borrow_watched().clone();
+        let snapshot = metrics.snapshot.map_or(0, |id| id.index);
+        let purged = metrics.purged.map_or(0, |id| id.index);
+        let behind = snapshot.min(shared.archived());
+        if behind > purged {
+            let _ = shared.raft.trigger().purge_log(behind).await;
+        }
+    }
+}

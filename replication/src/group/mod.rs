@@ -1,0 +1,17 @@
+//! One tenant's Raft group on one node: build, propose, read, membership. openraft's names stay
+//! here and in `log`.
+
+mod gather;
+mod group;
+mod network;
+mod propose;
+mod read;
+mod registry;
+pub mod replica;
+mod snapshot;
+mod state_machine;
+pub mod types;
+
+pub use group::{Group, GroupConfig, GroupError, GroupStatus, Role};
+pub use propose::ProposeError;
+pub use registry::{DaemonCalls, Groups};

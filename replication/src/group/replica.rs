@@ -1,0 +1,147 @@
+//! The directory of one replica.
+//!
+//! `engine-N/`: RocksDB; `ENGINE`: the number of the one in use; `snapshot/` and `snapshot.json`:
+//! the newest checkpoint, which is the Raft snapshot; `incoming-*`: what is being received.
+//!
+//! Invariants. A new engine is complete and synced before `ENGINE` names it, by a rename: a crash
+//! at any moment leaves the old one or the new one in use. What nothing names is removed at start.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use kms::local::write_private;
+use serde::{Deserialize, Serialize};
+
+use super::types::SnapshotMeta;
+use crate::engine::link_dir;
+use crate::machine::State;
+
+pub struct ReplicaDir {
+    path: PathBuf,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StoredMeta {
+    dir: String,
+    meta: SnapshotMeta,
+    /// The state machine's state row, in hex.
+    state: String,
+}
+
+/// The newest snapshot: what it holds and where it lies.
+pub struct StoredSnapshot {
+    pub meta: SnapshotMeta,
+    pub state: State,
+    pub dir: PathBuf,
+}
+
+impl ReplicaDir {
+    /// Opens or makes the directory, and removes what a crash left.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        fs::create_dir_all(path)?;
+        let dir = ReplicaDir {
+            path: path.to_path_buf(),
+        };
+        let engine = dir.engine();
+        let snapshot = dir.snapshot()?.map(|found| found.dir);
+        for entry in fs::read_dir(path)? {
+            let entry = entry?.path();
+            let kept = Some(&entry) == engine.as_ref().ok() || Some(&entry) == snapshot.as_ref();
+            if entry.is_dir() && !kept {
+                fs::remove_dir_all(entry)?;
+            }
+        }
+        Ok(dir)
+    }
+
+    fn number(&self) -> io::Result<u64> {
+        match fs::read_to_string(self.path.join("ENGINE")) {
+            Ok(text) => text
+                .trim()
+                .parse()
+                .map_err(|_| io::Error::other("the file ENGINE does not hold a number")),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(1),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The engine in use.
+    pub fn engine(&self) -> io::Result<PathBuf> {
+        Ok(self.path.join(format!("engine-{}", self.number()?)))
+    }
+
+    /// Links the files of `from` into a directory for the next engine.
+    pub fn next_engine(&self, from: &Path) -> io::Result<(u64, PathBuf)> {
+        let number = self.number()? + 1;
+        let path = self.path.join(format!("engine-{number}"));
+        if path.exists() {
+            fs::remove_dir_all(&path)?;
+        }
+        link_dir(from, &path)?;
+        Ok((number, path))
+    }
+
+    /// Puts engine `number` in use; answers the directory of the one before.
+    pub fn use_engine(&self, number: u64) -> io::Result<PathBuf> {
+        let before = self.engine()?;
+        write_private(&self.path.join("ENGINE"), number.to_string().as_bytes())?;
+        Ok(before)
+    }
+
+    /// A fresh directory to receive a snapshot in, or to make one in.
+    pub fn scratch(&self, name: &str) -> PathBuf {
+        self.path.join(format!("incoming-{name}"))
+    }
+
+    /// Makes `dir` the snapshot. Its files must be synced.
+    pub fn set_snapshot(&self, dir: &Path, meta: &SnapshotMeta, state: &State) -> io::Result<PathBuf> {
+        let before = self.snapshot()?.map(|found| found.dir);
+        let index = meta.last_log_id.as_ref().map_or(0, |id| id.index);
+        let tag = hex::encode(kms::secret::random_bytes::<4>());
+        let name = format!("snapshot-{index}-{tag}");
+        let target = self.path.join(&name);
+        fs::rename(dir, &target)?;
+        File::open(&self.path)?.sync_all()?;
+        let stored = StoredMeta {
+            dir: name,
+            meta: meta.clone(),
+            state: hex::encode(state.encode()),
+        };
+        let bytes = serde_json::to_vec(&stored).map_err(io::Error::other)?;
+        write_private(&self.path.join("snapshot.json"), &bytes)?;
+        if let Some(before) = before.filter(|b| *b != target) {
+            // A sender may be reading it: its open files outlive the names.
+            let _ = fs::remove_dir_all(before);
+        }
+        Ok(target)
+    }
+
+    /// The newest snapshot.
+    pub fn snapshot(&self) -> io::Result<Option<StoredSnapshot>> {
+        let bytes = match fs::read(self.path.join("snapshot.json")) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        let stored: StoredMeta = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
+        let dir = self.path.join(&stored.dir);
+        if !dir.is_dir() {
+            return Err(io::Error::other("the snapshot that snapshot.json names is missing"));
+        }
+        let state = hex::decode(&stored.state).map_err(io::Error::other)?;
+        Ok(Some(StoredSnapshot {
+            meta: stored.meta,
+            state: State::decode(&state)?,
+            dir,
+        }))
+    }
+}
+
+/// Syncs every file of `dir` and the directory.
+pub fn sync_dir(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        File::open(entry?.path())?.sync_all()?;
+    }
+    File::open(dir)?.sync_all()
+}

@@ -1,0 +1,471 @@
+//! Applying log entries: opens each, applies its commands, writes all of them as one batch.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use kms::TenantKeys;
+use prost::Message;
+use rocksdb::WriteBatch;
+use thiserror::Error;
+
+use super::state::State;
+use super::store::{Store, read_user, user_key};
+use crate::command::{EntryCodec, OpenError};
+use crate::engine::{Cf, Engine, EngineError};
+use crate::mvcc::check::{self, Failed};
+use crate::mvcc::digest::Hasher;
+use crate::mvcc::key::{self, KeyRange};
+use crate::mvcc::range;
+use crate::mvcc::record::{DELETE, Event, PUT, Record};
+use crate::mvcc::view::{Overlay, View};
+use crate::proto::command::command::Op;
+use crate::proto::command::reply::Result as ReplyResult;
+use crate::proto::command::{Command, Done, PutUser, Reply, User};
+use crate::proto::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
+use crate::proto::etcdserverpb::request_op::Request;
+use crate::proto::etcdserverpb::response_op::Response;
+use crate::proto::etcdserverpb::{
+    CompactionRequest, CompactionResponse, Compare, DeleteRangeRequest, DeleteRangeResponse,
+    PutRequest, PutResponse, RangeResponse, RequestOp, ResponseHeader, ResponseOp, TxnRequest,
+    TxnResponse,
+};
+use crate::{GroupId, Position};
+
+#[derive(Debug, Error)]
+pub enum MachineError {
+    #[error("entry {at}: {cause}")]
+    Open { at: Position, cause: OpenError },
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+}
+
+/// What an entry of the log holds.
+pub enum Payload {
+    Blank,
+    Sealed(Bytes),
+    /// A membership, in the group's own form.
+    Membership(Vec<u8>),
+}
+
+/// A committed entry.
+pub struct Entry {
+    pub position: Position,
+    pub payload: Payload,
+}
+
+/// Applies the entries of one group to one store.
+pub struct Machine {
+    store: Arc<Store>,
+    codec: Arc<EntryCodec>,
+    hasher: Hasher,
+    group: GroupId,
+}
+
+impl Machine {
+    pub fn new(store: Arc<Store>, codec: Arc<EntryCodec>, keys: &TenantKeys, group: GroupId) -> Self {
+        Machine {
+            store,
+            codec,
+            hasher: Hasher::new(keys),
+            group,
+        }
+    }
+
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    pub fn group(&self) -> GroupId {
+        self.group
+    }
+
+    /// Applies `entries` in order, atomically; answers the replies of each.
+    pub fn apply(&self, entries: Vec<Entry>) -> Result<Vec<Vec<Reply>>, MachineError> {
+        let engine = self.store.engine();
+        let mut writer = Writer {
+            engine: &engine,
+            hasher: &self.hasher,
+            batch: WriteBatch::default(),
+            overlay: Overlay::default(),
+            users: Vec::new(),
+            state: self.store.state(),
+            base: 0,
+            sub: 0,
+        };
+        writer.base = writer.state.revision;
+        let mut replies = Vec::with_capacity(entries.len());
+        for entry in entries {
+            replies.push(self.apply_one(&mut writer, entry)?);
+        }
+        writer.state.write(&engine, &mut writer.batch);
+        self.store.commit(writer.batch, writer.state)?;
+        Ok(replies)
+    }
+
+    fn apply_one(&self, writer: &mut Writer<'_>, entry: Entry) -> Result<Vec<Reply>, MachineError> {
+        let at = entry.position;
+        writer.state.applied = Some(at);
+        let sealed = match entry.payload {
+            Payload::Blank => return Ok(Vec::new()),
+            Payload::Membership(membership) => {
+                State::write_membership(writer.engine, &mut writer.batch, &membership);
+                return Ok(Vec::new());
+            }
+            Payload::Sealed(sealed) => sealed,
+        };
+        let batch = self
+            .codec
+            .open(&sealed)
+            .map_err(|cause| MachineError::Open { at, cause })?;
+        writer.state.time_ms = writer.state.time_ms.max(batch.time_ms);
+        let mut replies = Vec::with_capacity(batch.commands.len());
+        for command in batch.commands {
+            let result = match writer.command(command) {
+                Ok(result) => result,
+                Err(Failed::Engine(e)) => return Err(e.into()),
+                Err(failed) => ReplyResult::Failure((&failed).into()),
+            };
+            replies.push(Reply {
+                result: Some(result),
+                index: at.index,
+            });
+        }
+        Ok(replies)
+    }
+}
+
+/// The changes of one batch.
+struct Writer<'a> {
+    engine: &'a Engine,
+    hasher: &'a Hasher,
+    batch: WriteBatch,
+    overlay: Overlay,
+    /// Users that this batch wrote, newest last.
+    users: Vec<User>,
+    state: State,
+    /// The revision that the engine stands at.
+    base: i64,
+    /// Changes of the command being applied: the next event's sub-revision.
+    sub: u32,
+}
+
+fn header(revision: i64) -> Option<ResponseHeader> {
+    Some(ResponseHeader {
+        revision,
+        ..ResponseHeader::default()
+    })
+}
+
+impl Writer<'_> {
+    fn view(&self) -> View<'_> {
+        View {
+            engine: self.engine,
+            snapshot: None,
+            revision: self.base,
+            overlay: Some(&self.overlay),
+        }
+    }
+
+    /// Applies one command. A failed one changes nothing.
+    fn command(&mut self, command: Command) -> Result<ReplyResult, Failed> {
+        self.authorise(&command)?;
+        self.sub = 0;
+        let result = match command.op {
+            Some(Op::Put(r)) => {
+                self.check_put(&r)?;
+                ReplyResult::Put(self.put(r)?)
+            }
+            Some(Op::DeleteRange(r)) => ReplyResult::DeleteRange(self.delete_range(&r)?),
+            Some(Op::Txn(r)) => ReplyResult::Txn(self.txn(&r)?),
+            Some(Op::Compact(r)) => ReplyResult::Compact(self.compact(&r)?),
+            Some(Op::PutUser(r)) => {
+                self.put_user(r)?;
+                ReplyResult::Done(Done {})
+            }
+            None => return Err(Failed::KeyNotFound),
+        };
+        self.state.revision = self.revision();
+        Ok(result)
+    }
+
+    /// The revision as the command sees it: one further once it has changed something.
+    fn revision(&self) -> i64 {
+        self.state.revision + i64::from(self.sub > 0)
+    }
+
+    fn authorise(&self, command: &Command) -> Result<(), Failed> {
+        if command.user.is_empty() {
+            return Ok(());
+        }
+        if command.auth_revision != self.state.auth_revision {
+            return Err(Failed::AuthOldRevision);
+        }
+        let user = match self.users.iter().rev().find(|u| u.name == command.user) {
+            Some(user) => Some(user.clone()),
+            None => read_user(self.engine, &command.user)?,
+        };
+        match user {
+            Some(user) if user.root => Ok(()),
+            _ => Err(Failed::PermissionDenied),
+        }
+    }
+
+    fn check_put(&self, request: &PutRequest) -> Result<(), Failed> {
+        if request.lease != 0 {
+            return Err(Failed::LeaseNotFound);
+        }
+        if (request.ignore_value || request.ignore_lease)
+            && self.view().get(&request.key)?.is_none()
+        {
+            return Err(Failed::KeyNotFound);
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, request: PutRequest) -> Result<PutResponse, Failed> {
+        let revision = self.state.revision + 1;
+        let previous = self.view().get(&request.key)?;
+        let value = match &previous {
+            Some(previous) if request.ignore_value => previous.value.clone(),
+            _ => request.value,
+        };
+        let lease = match &previous {
+            Some(previous) if request.ignore_lease => previous.lease,
+            _ => request.lease,
+        };
+        let record = Record {
+            create: previous.as_ref().map_or(revision, |p| p.create),
+            modified: revision,
+            version: previous.as_ref().map_or(1, |p| p.version + 1),
+            lease,
+            value,
+        };
+        let row = record.encode();
+        if let Some(previous) = &previous {
+            let hash = self.hasher.hash(&request.key, &previous.encode());
+            self.state.digests.keys.subtract(hash);
+        }
+        self.state.digests.keys.add(self.hasher.hash(&request.key, &row));
+        self.state.bytes += (request.key.len() + record.value.len()) as u64;
+        self.batch.put_cf(self.engine.cf(Cf::Kv), &request.key, &row);
+        let event = Event::encode_put(&request.key, &row);
+        self.event(revision, PUT, &request.key, &event);
+        self.overlay.push(revision, request.key.clone(), Some(record));
+        let prev_kv = previous
+            .filter(|_| request.prev_kv)
+            .map(|p| p.into_key_value(request.key));
+        Ok(PutResponse {
+            header: header(revision),
+            prev_kv,
+        })
+    }
+
+    /// Writes the event's rows of `rev` and `hist`.
+    fn event(&mut self, revision: i64, kind: u8, user_key: &[u8], event: &[u8]) {
+        let mut history = [kind, 0, 0, 0, 0];
+        history[1..].copy_from_slice(&self.sub.to_be_bytes());
+        self.batch
+            .put_cf(self.engine.cf(Cf::Rev), key::rev(revision, self.sub), event);
+        self.batch
+            .put_cf(self.engine.cf(Cf::Hist), key::hist(user_key, revision), history);
+        self.sub += 1;
+    }
+
+    fn delete_range(&mut self, request: &DeleteRangeRequest) -> Result<DeleteRangeResponse, Failed> {
+        let revision = self.state.revision + 1;
+        let range = KeyRange::new(&request.key, &request.range_end);
+        let found = self.view().scan(&range, self.revision(), 0)?;
+        let mut prev_kvs = Vec::new();
+        for (key, record) in found.rows {
+            let hash = self.hasher.hash(&key, &record.encode());
+            self.state.digests.keys.subtract(hash);
+            self.state.bytes += key.len() as u64;
+            self.batch.delete_cf(self.engine.cf(Cf::Kv), &key);
+            self.event(revision, DELETE, &key, &Event::encode_delete(&key));
+            self.overlay.push(revision, key.clone(), None);
+            if request.prev_kv {
+                prev_kvs.push(record.into_key_value(key));
+            }
+        }
+        Ok(DeleteRangeResponse {
+            header: header(self.revision()),
+            deleted: found.count,
+            prev_kvs,
+        })
+    }
+
+    fn txn(&mut self, request: &TxnRequest) -> Result<TxnResponse, Failed> {
+        let mut path = Vec::new();
+        self.decide(request, &mut path)?;
+        // Nothing is written before the whole of the taken path is known to be possible.
+        self.check_path(request, &mut path.iter())?;
+        let mut response = self.run(request, &mut path.iter())?;
+        response.header = header(self.revision());
+        Ok(response)
+    }
+
+    /// Which branch each txn takes, outer before inner, all compared before anything is written.
+    fn decide(&self, request: &TxnRequest, path: &mut Vec<bool>) -> Result<(), Failed> {
+        let mut holds = true;
+        for compare in &request.compare {
+            holds = holds && self.compare(compare)?;
+        }
+        path.push(holds);
+        for op in branch(request, holds) {
+            if let Some(Request::RequestTxn(nested)) = &op.request {
+                self.decide(nested, path)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_path(&self, request: &TxnRequest, path: &mut std::slice::Iter<'_, bool>) -> Result<(), Failed> {
+        let holds = *path.next().expect("decide visits every txn on the path");
+        for op in branch(request, holds) {
+            match &op.request {
+                Some(Request::RequestRange(r)) => self.state.bounds().check(r.revision)?,
+                Some(Request::RequestPut(r)) => self.check_put(r)?,
+                Some(Request::RequestTxn(nested)) => self.check_path(nested, path)?,
+                Some(Request::RequestDeleteRange(_)) | None => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn run(&mut self, request: &TxnRequest, path: &mut std::slice::Iter<'_, bool>) -> Result<TxnResponse, Failed> {
+        let holds = *path.next().expect("decide visits every txn on the path");
+        let mut responses = Vec::new();
+        for op in branch(request, holds) {
+            let response = match &op.request {
+                Some(Request::RequestRange(r)) => {
+                    let bounds = range::Bounds {
+                        revision: self.revision(),
+                        compacted: self.state.compacted,
+                    };
+                    let answer: RangeResponse = range::range(&self.view(), bounds, r)?;
+                    Some(Response::ResponseRange(answer))
+                }
+                Some(Request::RequestPut(r)) => Some(Response::ResponsePut(self.put(r.clone())?)),
+                Some(Request::RequestDeleteRange(r)) => {
+                    Some(Response::ResponseDeleteRange(self.delete_range(r)?))
+                }
+                Some(Request::RequestTxn(nested)) => {
+                    let mut nested = self.run(nested, path)?;
+                    nested.header = Some(ResponseHeader::default());
+                    Some(Response::ResponseTxn(nested))
+                }
+                None => None,
+            };
+            responses.push(ResponseOp { response });
+        }
+        Ok(TxnResponse {
+            header: None,
+            succeeded: holds,
+            responses,
+        })
+    }
+
+    fn compare(&self, compare: &Compare) -> Result<bool, Failed> {
+        let range = KeyRange::new(&compare.key, &compare.range_end);
+        let found = self.view().scan(&range, self.revision(), 0)?;
+        if found.rows.is_empty() {
+            let missing = Record {
+                create: 0,
+                modified: 0,
+                version: 0,
+                lease: 0,
+                value: Bytes::new(),
+            };
+            let value = compare.target() == CompareTarget::Value;
+            return Ok(!value && matches(compare, &missing));
+        }
+        Ok(found.rows.iter().all(|(_, record)| matches(compare, record)))
+    }
+
+    fn compact(&mut self, request: &CompactionRequest) -> Result<CompactionResponse, Failed> {
+        if request.revision <= self.state.compacted {
+            return Err(Failed::Compacted);
+        }
+        if request.revision > self.state.revision {
+            return Err(Failed::FutureRevision);
+        }
+        self.state.compacted = request.revision;
+        Ok(CompactionResponse {
+            header: header(self.state.revision),
+        })
+    }
+
+    fn put_user(&mut self, request: PutUser) -> Result<(), Failed> {
+        let user = User {
+            name: request.name,
+            password_hash: request.password_hash,
+            root: request.root,
+        };
+        let key = user_key(&user.name);
+        let row = user.encode_to_vec();
+        let previous = match self.users.iter().rev().find(|u| u.name == user.name) {
+            Some(previous) => Some(previous.encode_to_vec()),
+            None => self.engine.get(Cf::Auth, &key)?,
+        };
+        if let Some(previous) = previous {
+            let hash = self.hasher.hash(&key, &previous);
+            self.state.digests.auth.subtract(hash);
+        }
+        self.state.digests.auth.add(self.hasher.hash(&key, &row));
+        self.batch.put_cf(self.engine.cf(Cf::Auth), &key, row);
+        self.state.auth_revision += 1;
+        self.users.push(user);
+        Ok(())
+    }
+}
+
+fn branch(request: &TxnRequest, holds: bool) -> &[RequestOp] {
+    if holds { &request.success } else { &request.failure }
+}
+
+fn matches(compare: &Compare, record: &Record) -> bool {
+    let int = |union: Option<i64>, own: i64| own.cmp(&union.unwrap_or(0));
+    let target = compare.target_union.as_ref();
+    let ordering = match compare.target() {
+        CompareTarget::Version => int(
+            target.and_then(|t| match t { TargetUnion::Version(v) => Some(*v), _ => None }),
+            record.version,
+        ),
+        CompareTarget::Create => int(
+            target.and_then(|t| match t { TargetUnion::CreateRevision(v) => Some(*v), _ => None }),
+            record.create,
+        ),
+        CompareTarget::Mod => int(
+            target.and_then(|t| match t { TargetUnion::ModRevision(v) => Some(*v), _ => None }),
+            record.modified,
+        ),
+        CompareTarget::Lease => int(
+            target.and_then(|t| match t { TargetUnion::Lease(v) => Some(*v), _ => None }),
+            record.lease,
+        ),
+        CompareTarget::Value => {
+            let empty = Bytes::new();
+            let wanted = match target {
+                Some(TargetUnion::Value(v)) => v,
+                _ => &empty,
+            };
+            record.value.cmp(wanted)
+        }
+    };
+    match compare.result() {
+        CompareResult::Equal => ordering.is_eq(),
+        CompareResult::NotEqual => ordering.is_ne(),
+        CompareResult::Greater => ordering.is_gt(),
+        CompareResult::Less => ordering.is_lt(),
+    }
+}
+
+/// Checks a command as a gateway does before it is proposed.
+pub fn check_command(op: &Op) -> Result<(), Failed> {
+    match op {
+        Op::Put(r) => check::put(r),
+        Op::DeleteRange(r) => check::delete_key(&r.key),
+        Op::Txn(r) => check::txn(r),
+        Op::Compact(_) | Op::PutUser(_) => Ok(()),
+    }
+}

@@ -1,0 +1,14 @@
+//! Apply: the only writer of a tenant's state.
+//!
+//! Invariants. Apply is deterministic: time and ids arrive in the entry. Data, applied position,
+//! membership and digests change in one write batch, so that the engine stands at one entry at any
+//! moment. Replies leave after that write. An entry that does not open is an error of this
+//! replica, which stops; it is never skipped.
+
+mod apply;
+mod state;
+mod store;
+
+pub use apply::{check_command, Entry, Machine, MachineError, Payload};
+pub use state::State;
+pub use store::Store;

@@ -1,0 +1,164 @@
+//! What apply writes and requests read: an engine and the state it stands at, together.
+//!
+//! A reader holds the read lock only while it takes a snapshot, so that rows and revision belong
+//! together; apply holds the write lock while it writes a batch. Installing a snapshot replaces
+//! the engine; readers finish on the old one.
+
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+use prost::Message;
+use tokio::sync::watch;
+
+use super::state::State;
+use crate::engine::{Cf, Engine, EngineError};
+use crate::mvcc::check::Failed;
+use crate::mvcc::digest::{Digests, Hasher};
+use crate::mvcc::range;
+use crate::mvcc::view::View;
+use crate::proto::command::User;
+use crate::proto::etcdserverpb::{RangeRequest, RangeResponse};
+
+struct Inner {
+    engine: Arc<Engine>,
+    state: State,
+}
+
+/// The readable state of one tenant's replica.
+pub struct Store {
+    inner: RwLock<Inner>,
+    applied: watch::Sender<State>,
+}
+
+impl Store {
+    pub fn open(engine: Engine) -> Result<Self, EngineError> {
+        let state = State::read(&engine)?;
+        Ok(Store {
+            applied: watch::Sender::new(state.clone()),
+            inner: RwLock::new(Inner {
+                engine: Arc::new(engine),
+                state,
+            }),
+        })
+    }
+
+    pub fn state(&self) -> State {
+        self.inner.read().state.clone()
+    }
+
+    pub fn engine(&self) -> Arc<Engine> {
+        self.inner.read().engine.clone()
+    }
+
+    /// Changes whenever something was applied.
+    pub fn watch(&self) -> watch::Receiver<State> {
+        self.applied.subscribe()
+    }
+
+    /// Writes what apply has gathered and moves the state with it.
+    pub(super) fn commit(&self, batch: rocksdb::WriteBatch, state: State) -> Result<(), EngineError> {
+        let mut inner = self.inner.write();
+        inner.engine.write(batch)?;
+        inner.state = state.clone();
+        drop(inner);
+        self.applied.send_replace(state);
+        Ok(())
+    }
+
+    /// Moves the state without rows: a restore's step to the next incarnation.
+    pub fn set_state(&self, state: State) -> Result<(), EngineError> {
+        let mut batch = rocksdb::WriteBatch::default();
+        state.write(&self.engine(), &mut batch);
+        self.commit(batch, state)
+    }
+
+    /// Puts another engine in the place of the present one.
+    pub fn replace(&self, engine: Engine) -> Result<(), EngineError> {
+        let state = State::read(&engine)?;
+        let mut inner = self.inner.write();
+        inner.engine = Arc::new(engine);
+        inner.state = state.clone();
+        drop(inner);
+        self.applied.send_replace(state);
+        Ok(())
+    }
+
+    /// Runs `read` on a consistent view.
+    pub fn view<T>(&self, read: impl FnOnce(&View<'_>, &State) -> T) -> T {
+        let inner = self.inner.read();
+        let engine = inner.engine.clone();
+        let state = inner.state.clone();
+        let snapshot = engine.db().snapshot();
+        drop(inner);
+        let view = View {
+            engine: &engine,
+            snapshot: Some(snapshot),
+            revision: state.revision,
+            overlay: None,
+        };
+        read(&view, &state)
+    }
+
+    /// Answers a Range from this replica as it stands.
+    pub fn range(&self, request: &RangeRequest) -> Result<RangeResponse, Failed> {
+        // One key, now: a point read under the lock is cheaper than a snapshot.
+        if request.range_end.is_empty() && request.revision <= 0 {
+            let inner = self.inner.read();
+            let view = View {
+                engine: &inner.engine,
+                snapshot: None,
+                revision: inner.state.revision,
+                overlay: None,
+            };
+            return range::range(&view, inner.state.bounds(), request);
+        }
+        self.view(|view, state| range::range(view, state.bounds(), request))
+    }
+
+    /// A user of the tenant.
+    pub fn user(&self, name: &str) -> Result<Option<User>, EngineError> {
+        read_user(&self.engine(), name)
+    }
+
+    /// Counts the digests anew from every row of a snapshot, and says at which state. Rate-limited
+    /// by the caller through `pace`, which is called for each row.
+    pub fn scan_digests(&self, hasher: &Hasher, mut pace: impl FnMut(usize)) -> Result<(Digests, State), EngineError> {
+        self.view(|view, state| {
+            let mut digests = Digests::default();
+            for (cf, digest) in [
+                (Cf::Kv, &mut digests.keys),
+                (Cf::Auth, &mut digests.auth),
+                (Cf::Lease, &mut digests.leases),
+            ] {
+                let mut options = rocksdb::ReadOptions::default();
+                if let Some(snapshot) = &view.snapshot {
+                    options.set_snapshot(snapshot);
+                }
+                options.fill_cache(false);
+                options.set_verify_checksums(true);
+                let mut rows = view.engine.db().raw_iterator_cf_opt(view.engine.cf(cf), options);
+                rows.seek_to_first();
+                while let Some((key, row)) = rows.item() {
+                    digest.add(hasher.hash(key, row));
+                    pace(key.len() + row.len());
+                    rows.next();
+                }
+                rows.status()?;
+            }
+            Ok((digests, state.clone()))
+        })
+    }
+}
+
+pub(super) fn read_user(engine: &Engine, name: &str) -> Result<Option<User>, EngineError> {
+    match engine.get(Cf::Auth, &user_key(name))? {
+        Some(row) => User::decode(row.as_slice())
+            .map(Some)
+            .map_err(|_| EngineError::Damaged("user")),
+        None => Ok(None),
+    }
+}
+
+pub(super) fn user_key(name: &str) -> Vec<u8> {
+    [b"u/", name.as_bytes()].concat()
+}

@@ -1,0 +1,126 @@
+//! What a restore will read: the newest usable checkpoint and every link behind it.
+
+use futures::{StreamExt, TryStreamExt};
+use object_store::ObjectStoreExt;
+
+use super::RestoreError;
+use crate::GroupId;
+use crate::archive::bucket::link_path;
+use crate::archive::chain::{Chain, Tail};
+use crate::archive::checkpoint::{self, Manifest};
+use crate::archive::link::{Base, Link};
+
+const IN_FLIGHT: usize = 8;
+
+/// The plan of one incarnation. A newer incarnation without a checkpoint of its own begins where
+/// the one before it ended.
+pub struct Plan {
+    pub group: GroupId,
+    pub manifest: Option<Manifest>,
+    pub before: Option<Box<Plan>>,
+    pub base: Option<Base>,
+    pub links: Vec<Link>,
+    /// The link that the first of `links` must follow.
+    start: Tail,
+}
+
+impl Plan {
+    pub fn tail(&self) -> Tail {
+        self.links.last().map_or_else(|| self.start.clone(), Tail::from)
+    }
+
+    pub fn push(&mut self, link: Link) {
+        self.links.push(link);
+    }
+
+    /// Links of this plan and those before it.
+    pub fn total_links(&self) -> u64 {
+        self.links.len() as u64 + self.before.as_ref().map_or(0, |b| b.total_links())
+    }
+
+    /// When the newest archived write was made, milliseconds since 1970.
+    pub fn newest_ms(&self) -> u64 {
+        let own = self.links.iter().rev().find_map(|l| l.header.state.as_ref().map(|s| s.time_ms));
+        own.or_else(|| self.before.as_ref().map(|b| b.newest_ms())).unwrap_or(0)
+    }
+}
+
+/// Plans a restore of `chain`'s group to its newest state. `known`: the newest link that the
+/// directory has a record of.
+pub async fn newest(chain: &Chain, known: u64) -> Result<Plan, RestoreError> {
+    let group = chain.group();
+    let all = chain.numbers(0).await?;
+    let Some(last) = all.last().copied() else {
+        return Err(RestoreError::Nothing(group));
+    };
+    if last < known {
+        return Err(RestoreError::Older {
+            incarnation: group.incarnation,
+            found: last,
+            known,
+        });
+    }
+    // The newest manifest that reads is the base; an older one serves when it does not.
+    let mut manifest: Option<Manifest> = None;
+    for path in checkpoint::list(chain.bucket(), group).await? {
+        let refuse = |what: String| RestoreError::Object {
+            object: path.to_string(),
+            what,
+        };
+        let got = chain.bucket().get(&path).await.map_err(|e| refuse(e.to_string()))?;
+        let bytes = got.bytes().await.map_err(|e| refuse(e.to_string()))?;
+        match checkpoint::decode(chain.key(), group, &bytes) {
+            Ok(found) => {
+                manifest = Some(found);
+                break;
+            }
+            Err(e) => tracing::error!(object = %path, error = %e, "a checkpoint's manifest is refused; an older one is used"),
+        }
+    }
+    let from = manifest.as_ref().map_or(0, |m| m.link);
+    let start = match &manifest {
+        Some(m) => Tail {
+            number: m.link,
+            hash: m.link_hash.clone(),
+            header: None,
+        },
+        None => Tail::default(),
+    };
+    // Every number must be there: a gap is a missing object, and is named.
+    let links: Vec<Link> = futures::stream::iter(from + 1..=last)
+        .map(|number| async move { chain.read(number).await })
+        .buffered(IN_FLIGHT)
+        .try_collect()
+        .await?;
+    let mut before = start.clone();
+    for link in &links {
+        chain.check_follows(&before, link)?;
+        before = Tail::from(link);
+    }
+    let mut plan = Plan {
+        group,
+        base: links.first().and_then(|l| l.header.base.clone()),
+        manifest,
+        before: None,
+        links,
+        start,
+    };
+    if plan.manifest.is_none()
+        && let Some(base) = plan.base.clone()
+    {
+        let older = GroupId {
+            incarnation: base.incarnation,
+            ..group
+        };
+        let chain = Chain::new(chain.bucket().clone(), chain.key().clone(), older);
+        let older_plan = Box::pin(newest(&chain, base.link)).await?;
+        if older_plan.tail().closed().map(|c| c.incarnation) != Some(group.incarnation) {
+            return Err(RestoreError::Object {
+                object: link_path(older, base.link).to_string(),
+                what: format!("it does not close the chain for incarnation {}", group.incarnation),
+            });
+        }
+        plan.before = Some(Box::new(older_plan));
+    }
+    Ok(plan)
+}
