@@ -1,1 +1,33 @@
-fn main(){}
+//! `holdfast`: the operators' command line, a client of the admin API.
+
+mod args;
+mod init;
+mod keyfile;
+mod restore;
+mod table;
+mod tenant;
+
+use std::process::ExitCode;
+
+use args::{Arguments, Command};
+use clap::Parser;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let arguments = Arguments::parse();
+    let ended = match arguments.command {
+        Command::Init(init) => init::run(init),
+        Command::Keyfile { command } => keyfile::run(command),
+        Command::Tenant { command } => tenant::run(&arguments.config, command).await,
+        Command::Node => tenant::node(&arguments.config).await,
+        Command::Restore { command } => restore::run(&arguments.config, command).await,
+    };
+    match ended {
+        Ok(code) => code,
+        Err(why) => {
+            eprintln!("holdfast: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}

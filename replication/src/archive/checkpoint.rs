@@ -127,8 +127,8 @@ pub async fn upload(chain: &Chain, dir: &Path, mut manifest: Manifest) -> Result
     paths.sort();
     let group = manifest.group;
     let bucket = chain.bucket();
-    manifest.files = futures::stream::iter(paths)
-        .map(|path| async move { upload_file(bucket, group, &path).await })
+    let uploads: Vec<_> = paths.iter().map(|path| upload_file(bucket, group, path)).collect();
+    manifest.files = futures::stream::iter(uploads)
         .buffered(IN_FLIGHT)
         .try_collect()
         .await?;

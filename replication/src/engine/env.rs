@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use aes::Aes256;
 use aes::cipher::KeyInit;
-use ctr::Ctr128BE;
 use ctr::cipher::{InnerIvInit, StreamCipher, StreamCipherSeek};
+use ctr::{Ctr128BE, CtrCore, flavors};
 use kms::TenantKeys;
 use kms::secret::random_bytes;
 
@@ -62,7 +62,9 @@ fn file_cipher(keys: &TenantKeys, prefix: &[u8]) -> Option<Aes256> {
 
 /// En- or decrypts `data`, which stands at `offset` of its file.
 fn apply_cipher(cipher: &Aes256, offset: u64, data: &mut [u8]) {
-    let mut stream = Ctr128BE::<Aes256>::inner_iv_init(cipher.clone(), &[0u8; 16].into());
+    // By reference: the key schedule is expanded once a file, not once a call.
+    let core = CtrCore::<&Aes256, flavors::Ctr128BE>::inner_iv_init(cipher, &[0u8; 16].into());
+    let mut stream = Ctr128BE::<&Aes256>::from_core(core);
     stream.seek(offset);
     stream.apply_keystream(data);
 }
@@ -159,7 +161,9 @@ mod tests {
             .unwrap();
         let iv: [u8; 16] = hex::decode("f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff").unwrap().try_into().unwrap();
         let mut data = hex::decode("6bc1bee22e409f96e93d7e117393172a").unwrap();
-        Ctr128BE::<Aes256>::inner_iv_init(Aes256::new(&key.into()), &iv.into()).apply_keystream(&mut data);
+        let aes = Aes256::new(&key.into());
+        let core = CtrCore::<&Aes256, flavors::Ctr128BE>::inner_iv_init(&aes, &iv.into());
+        Ctr128BE::<&Aes256>::from_core(core).apply_keystream(&mut data);
         assert_eq!(hex::encode(data), "601ec313775789a5b7a7f504bbf3d228");
     }
 

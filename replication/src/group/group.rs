@@ -417,6 +417,10 @@ impl Group {
         self.recent.lock().iter().copied().collect()
     }
 
+    pub fn term(&self) -> u64 {
+        self.raft().metrics().borrow_watched().current_term
+    }
+
     pub fn status(&self) -> GroupStatus {
         let metrics = self.raft().metrics().borrow_watched().clone();
         let state = self.store().state();

@@ -30,8 +30,8 @@ impl Reads {
     pub(super) fn start(shared: Arc<Shared>) -> Self {
         let (queue, mut waiters) = mpsc::channel(QUEUE);
         tokio::spawn(async move {
-            let mut round = Vec::new();
-            while gather(&mut waiters, &mut round, QUEUE, |_| 1).await {
+            let mut round: Vec<Waiter> = Vec::new();
+            while gather(&mut waiters, &mut round, QUEUE, |_: &Waiter| 1).await {
                 let outcome = barrier(&shared).await;
                 for waiter in round.drain(..) {
                     let _ = waiter.send(outcome.clone());
@@ -78,7 +78,7 @@ async fn barrier(shared: &Shared) -> Result<(), ProposeError> {
 async fn read_index(shared: &Shared) -> Option<u64> {
     let round = shared.raft.get_read_linearizer(ReadPolicy::ReadIndex);
     match tokio::time::timeout(ROUND, round).await {
-        Ok(Ok(linearizer)) => Some(linearizer.read_log_id().index),
+        Ok(Ok(linearizer)) => Some(linearizer.read_log_id().index()),
         _ => None,
     }
 }

@@ -296,27 +296,12 @@ impl Writer<'_> {
 
     fn txn(&mut self, request: &TxnRequest) -> Result<TxnResponse, Failed> {
         let mut path = Vec::new();
-        self.decide(request, &mut path)?;
+        decide(&self.view(), self.revision(), request, &mut path)?;
         // Nothing is written before the whole of the taken path is known to be possible.
         self.check_path(request, &mut path.iter())?;
         let mut response = self.run(request, &mut path.iter())?;
         response.header = header(self.revision());
         Ok(response)
-    }
-
-    /// Which branch each txn takes, outer before inner, all compared before anything is written.
-    fn decide(&self, request: &TxnRequest, path: &mut Vec<bool>) -> Result<(), Failed> {
-        let mut holds = true;
-        for compare in &request.compare {
-            holds = holds && self.compare(compare)?;
-        }
-        path.push(holds);
-        for op in branch(request, holds) {
-            if let Some(Request::RequestTxn(nested)) = &op.request {
-                self.decide(nested, path)?;
-            }
-        }
-        Ok(())
     }
 
     fn check_path(&self, request: &TxnRequest, path: &mut std::slice::Iter<'_, bool>) -> Result<(), Failed> {
@@ -365,23 +350,6 @@ impl Writer<'_> {
         })
     }
 
-    fn compare(&self, compare: &Compare) -> Result<bool, Failed> {
-        let range = KeyRange::new(&compare.key, &compare.range_end);
-        let found = self.view().scan(&range, self.revision(), 0)?;
-        if found.rows.is_empty() {
-            let missing = Record {
-                create: 0,
-                modified: 0,
-                version: 0,
-                lease: 0,
-                value: Bytes::new(),
-            };
-            let value = compare.target() == CompareTarget::Value;
-            return Ok(!value && matches(compare, &missing));
-        }
-        Ok(found.rows.iter().all(|(_, record)| matches(compare, record)))
-    }
-
     fn compact(&mut self, request: &CompactionRequest) -> Result<CompactionResponse, Failed> {
         if request.revision <= self.state.compacted {
             return Err(Failed::Compacted);
@@ -417,6 +385,71 @@ impl Writer<'_> {
         self.users.push(user);
         Ok(())
     }
+}
+
+/// Which branch each txn takes, outer before inner, all compared before anything is written.
+fn decide(view: &View<'_>, revision: i64, request: &TxnRequest, path: &mut Vec<bool>) -> Result<(), Failed> {
+    let mut holds = true;
+    for one in &request.compare {
+        holds = holds && compare(view, revision, one)?;
+    }
+    path.push(holds);
+    for op in branch(request, holds) {
+        if let Some(Request::RequestTxn(nested)) = &op.request {
+            decide(view, revision, nested, path)?;
+        }
+    }
+    Ok(())
+}
+
+fn compare(view: &View<'_>, revision: i64, compare: &Compare) -> Result<bool, Failed> {
+    let range = KeyRange::new(&compare.key, &compare.range_end);
+    let found = view.scan(&range, revision, 0)?;
+    if found.rows.is_empty() {
+        let missing = Record {
+            create: 0,
+            modified: 0,
+            version: 0,
+            lease: 0,
+            value: Bytes::new(),
+        };
+        let value = compare.target() == CompareTarget::Value;
+        return Ok(!value && matches(compare, &missing));
+    }
+    Ok(found.rows.iter().all(|(_, record)| matches(compare, record)))
+}
+
+/// Answers a txn that changes nothing.
+pub(super) fn read_txn(view: &View<'_>, state: &State, request: &TxnRequest) -> Result<TxnResponse, Failed> {
+    let mut path = Vec::new();
+    decide(view, state.revision, request, &mut path)?;
+    let mut response = read_branch(view, state, request, &mut path.iter())?;
+    response.header = header(state.revision);
+    Ok(response)
+}
+
+fn read_branch(view: &View<'_>, state: &State, request: &TxnRequest, path: &mut std::slice::Iter<'_, bool>) -> Result<TxnResponse, Failed> {
+    let holds = *path.next().expect("decide visits every txn on the path");
+    let mut responses = Vec::new();
+    for op in branch(request, holds) {
+        let response = match &op.request {
+            Some(Request::RequestRange(r)) => {
+                Some(Response::ResponseRange(range::range(view, state.bounds(), r)?))
+            }
+            Some(Request::RequestTxn(nested)) => {
+                let mut nested = read_branch(view, state, nested, path)?;
+                nested.header = Some(ResponseHeader::default());
+                Some(Response::ResponseTxn(nested))
+            }
+            _ => None,
+        };
+        responses.push(ResponseOp { response });
+    }
+    Ok(TxnResponse {
+        header: None,
+        succeeded: holds,
+        responses,
+    })
 }
 
 fn branch(request: &TxnRequest, holds: bool) -> &[RequestOp] {

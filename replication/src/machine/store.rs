@@ -17,7 +17,7 @@ use crate::mvcc::digest::{Digests, Hasher};
 use crate::mvcc::range;
 use crate::mvcc::view::View;
 use crate::proto::command::User;
-use crate::proto::etcdserverpb::{RangeRequest, RangeResponse};
+use crate::proto::etcdserverpb::{RangeRequest, RangeResponse, TxnRequest, TxnResponse};
 
 struct Inner {
     engine: Arc<Engine>,
@@ -113,6 +113,20 @@ impl Store {
             return range::range(&view, inner.state.bounds(), request);
         }
         self.view(|view, state| range::range(view, state.bounds(), request))
+    }
+
+    /// Bytes that the quota counts.
+    pub fn bytes(&self) -> u64 {
+        self.inner.read().state.bytes
+    }
+
+    pub fn auth_revision(&self) -> u64 {
+        self.inner.read().state.auth_revision
+    }
+
+    /// Answers a txn that changes nothing, from this replica as it stands.
+    pub fn read_txn(&self, request: &TxnRequest) -> Result<TxnResponse, Failed> {
+        self.view(|view, state| super::apply::read_txn(view, state, request))
     }
 
     /// A user of the tenant.

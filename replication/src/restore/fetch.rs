@@ -19,20 +19,31 @@ pub async fn checkpoint(chain: &Chain, manifest: &Manifest, dir: &Path, report: 
     tokio::fs::create_dir_all(dir).await.map_err(io(dir))?;
     let total: u64 = manifest.files.iter().map(|f| f.length).sum();
     let done = Arc::new(AtomicU64::new(0));
-    futures::stream::iter(&manifest.files)
-        .map(|file| {
-            let (done, report) = (done.clone(), report.clone());
-            async move {
-                fetch(chain, manifest, file, dir).await?;
-                let bytes = done.fetch_add(file.length, Ordering::Relaxed) + file.length;
-                report(Progress::Fetched { bytes, total });
-                Ok::<_, RestoreError>(())
-            }
-        })
+    let one = |file| {
+        let (done, report) = (done.clone(), report.clone());
+        counted(chain, manifest, file, dir, done, total, report)
+    };
+    let fetches: Vec<_> = manifest.files.iter().map(one).collect();
+    futures::stream::iter(fetches)
         .buffer_unordered(IN_FLIGHT)
         .try_collect::<()>()
         .await?;
     std::fs::File::open(dir).and_then(|d| d.sync_all()).map_err(io(dir))
+}
+
+async fn counted(
+    chain: &Chain,
+    manifest: &Manifest,
+    file: &ManifestFile,
+    dir: &Path,
+    done: Arc<AtomicU64>,
+    total: u64,
+    report: Report,
+) -> Result<(), RestoreError> {
+    fetch(chain, manifest, file, dir).await?;
+    let bytes = done.fetch_add(file.length, Ordering::Relaxed) + file.length;
+    report(Progress::Fetched { bytes, total });
+    Ok(())
 }
 
 async fn fetch(chain: &Chain, manifest: &Manifest, file: &ManifestFile, dir: &Path) -> Result<(), RestoreError> {

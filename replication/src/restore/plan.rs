@@ -87,8 +87,8 @@ pub async fn newest(chain: &Chain, known: u64) -> Result<Plan, RestoreError> {
         None => Tail::default(),
     };
     // Every number must be there: a gap is a missing object, and is named.
-    let links: Vec<Link> = futures::stream::iter(from + 1..=last)
-        .map(|number| async move { chain.read(number).await })
+    let reads: Vec<_> = (from + 1..=last).map(|number| chain.read(number)).collect();
+    let links: Vec<Link> = futures::stream::iter(reads)
         .buffered(IN_FLIGHT)
         .try_collect()
         .await?;

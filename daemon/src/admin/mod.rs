@@ -1,0 +1,235 @@
+//! The operators' API: gRPC over mutual TLS, for operator certificates only.
+
+mod restore;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kms::{KeyUri, TenantId, WrappedKey};
+use replication::network::Identity;
+use replication::proto::command::command::Op;
+use replication::proto::command::{Command, PutUser};
+use tonic::codegen::BoxStream;
+use tonic::service::Routes;
+use tonic::{Request, Response, Status};
+
+use crate::directory::controller;
+use crate::directory::records::{TenantRecord, Tier};
+use crate::gateway::auth::hash_password;
+use crate::limits;
+use crate::node::Node;
+use crate::proto::admin::admin_server::{Admin, AdminServer};
+use crate::proto::admin::{
+    CreateTenantRequest, ListTenantsRequest, NodeStatusRequest, NodeStatusResponse, RestoreEvent,
+    RestoreRegionRequest, ShowTenantRequest, Tenant as TenantMessage, TenantList,
+};
+use crate::tenant::Tenant;
+
+const OPEN_WITHIN: Duration = Duration::from_secs(20);
+
+pub fn routes(node: &Arc<Node>) -> Routes {
+    Routes::new(AdminServer::new(AdminService(node.clone())))
+}
+
+struct AdminService(Arc<Node>);
+
+fn plain_name(what: &str, name: &str) -> Result<(), Status> {
+    let plain = name.bytes().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-');
+    if plain && !name.is_empty() && name.len() <= limits::MAX_NAME {
+        return Ok(());
+    }
+    Err(Status::invalid_argument(format!(
+        "{what} \"{name}\": use 1 to 63 lower-case letters, digits or '-'"
+    )))
+}
+
+impl AdminService {
+    /// Only an operator of this region may ask.
+    fn operator<T>(&self, request: &Request<T>) -> Result<(), Status> {
+        let certificates = request.peer_certs();
+        let first = certificates.as_ref().and_then(|c| c.first());
+        let first = first.ok_or_else(|| Status::unauthenticated("an operator's certificate is required"))?;
+        let identity = Identity::of(first).map_err(|e| Status::unauthenticated(e.to_string()))?;
+        let ours = self.0.config.region;
+        identity.check_region(ours).map_err(|e| Status::permission_denied(e.to_string()))?;
+        match identity {
+            Identity::Operator { .. } => Ok(()),
+            Identity::Node { .. } => Err(Status::permission_denied("a node's certificate is not an operator's")),
+        }
+    }
+
+    fn directory(&self) -> Result<crate::directory::Directory, Status> {
+        let state = self.0.state.read().name();
+        let directory = self.0.directory();
+        directory.ok_or_else(|| Status::unavailable(format!("this node is {state}: it has no directory")))
+    }
+
+    fn message(&self, tenant: &Tenant) -> TenantMessage {
+        let record = tenant.record();
+        let mut message = TenantMessage {
+            name: record.name,
+            id: record.id.to_string(),
+            tier: record.tier.name().into(),
+            rpo_ms: record.rpo_ms,
+            rto_ms: record.rto_ms,
+            key: record.key.to_string(),
+            incarnation: record.incarnation,
+            node: self.0.config.name.clone(),
+            placement: record.placement,
+            coverage: self.coverage(),
+            ..TenantMessage::default()
+        };
+        let group = match tenant.group() {
+            Ok(group) => group,
+            Err(why) => {
+                message.problem = why;
+                return message;
+            }
+        };
+        let status = group.status();
+        let nodes = self.0.directory().and_then(|d| d.nodes().ok()).unwrap_or_default();
+        let name = |id: u64| {
+            let known = nodes.iter().find(|n| n.record.id == id);
+            known.map_or_else(|| format!("{id:x}"), |n| n.record.name.clone())
+        };
+        message.leader = status.leader.map(name).unwrap_or_default();
+        message.voters = status.voters.iter().copied().map(name).collect();
+        message.revision = status.revision;
+        message.bytes = status.bytes;
+        message.digest = status.digests.keys.to_string();
+        message.applied = status.applied;
+        message.archived = status.archived;
+        message.actual_rpo_ms = status.rpo_ms;
+        message
+    }
+
+    /// Whether the loss of the cloud region is survived.
+    fn coverage(&self) -> String {
+        match &self.0.config.bucket.cloud_region {
+            // Nothing says where the nodes are: the operator's word is not asked for yet.
+            Some(cloud) => format!("bucket in {cloud}; loss of that cloud region: not covered"),
+            None => "bucket in a directory; loss of its machine: not covered".into(),
+        }
+    }
+
+    async fn create(&self, request: CreateTenantRequest) -> Result<TenantMessage, Status> {
+        plain_name("tenant", &request.name)?;
+        if request.user.is_empty() || request.user.len() > limits::MAX_NAME || request.user.contains('@') {
+            return Err(Status::invalid_argument("user: use 1 to 63 characters without '@'"));
+        }
+        if request.password.len() < 8 {
+            return Err(Status::invalid_argument("password: use eight characters or more"));
+        }
+        let tier: Tier = request.tier.parse().map_err(Status::invalid_argument)?;
+        let (rpo, rto) = tier.defaults();
+        let key: KeyUri = request.key.parse().map_err(|e: kms::KmsError| Status::invalid_argument(e.to_string()))?;
+        let region = self.0.config.region;
+        key.check_jurisdiction(region).map_err(|e| Status::failed_precondition(e.to_string()))?;
+        let directory = self.directory()?;
+        let known = directory.tenants().map_err(|e| Status::unavailable(e.to_string()))?;
+        if known.iter().any(|t| t.record.name == request.name) {
+            return Err(Status::already_exists(format!("there is a tenant {} already", request.name)));
+        }
+        let placement = controller::place(&directory).map_err(Status::failed_precondition)?;
+        let id = TenantId::random();
+        let providers = &self.0.parts.providers;
+        let (wrapped, _) = WrappedKey::create(providers, &key, id, region)
+            .await
+            .map_err(|e| Status::failed_precondition(e.to_string()))?;
+        // The key is durable before anything is sealed under it.
+        self.0.parts.keys.create(&wrapped).await.map_err(|e| Status::unavailable(e.to_string()))?;
+        let record = TenantRecord {
+            name: request.name.clone(),
+            id,
+            incarnation: 1,
+            tier,
+            rpo_ms: if request.rpo_ms == 0 { rpo } else { request.rpo_ms },
+            rto_ms: if request.rto_ms == 0 { rto } else { request.rto_ms },
+            key,
+            generation: wrapped.generation,
+            fingerprint: wrapped.fingerprint.clone(),
+            quota_bytes: if request.quota_bytes == 0 { limits::DEFAULT_QUOTA } else { request.quota_bytes },
+            placement,
+        };
+        directory.put_tenant(&record, 0).await.map_err(|e| Status::aborted(e.to_string()))?;
+        let tenant = self.opened(&request.name).await?;
+        let group = tenant.group().map_err(Status::unavailable)?;
+        let password = request.password;
+        let password_hash = tokio::task::spawn_blocking(move || hash_password(&password))
+            .await
+            .map_err(|e| Status::internal(e.to_string()))?
+            .map_err(Status::internal)?;
+        let command = Command {
+            op: Some(Op::PutUser(PutUser {
+                name: request.user,
+                password_hash,
+                root: true,
+            })),
+            ..Command::default()
+        };
+        group.propose(vec![command]).await.map_err(|e| Status::unavailable(format!("the first user: {e}")))?;
+        Ok(self.message(&tenant))
+    }
+
+    /// Waits until a tenant is open here and has a leader.
+    async fn opened(&self, name: &str) -> Result<Arc<Tenant>, Status> {
+        let deadline = tokio::time::Instant::now() + OPEN_WITHIN;
+        loop {
+            if let Some(tenant) = self.0.tenants.get(name)
+                && let Ok(group) = tenant.group()
+                && group.wait_leader(Duration::from_millis(100)).await
+            {
+                return Ok(tenant);
+            }
+            if tokio::time::Instant::now() >= deadline {
+                return Err(Status::deadline_exceeded(format!(
+                    "tenant {name} is recorded, but has no leader yet; look with 'holdfast tenant show {name}'"
+                )));
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Admin for AdminService {
+    async fn create_tenant(&self, request: Request<CreateTenantRequest>) -> Result<Response<TenantMessage>, Status> {
+        self.operator(&request)?;
+        self.create(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn list_tenants(&self, request: Request<ListTenantsRequest>) -> Result<Response<TenantList>, Status> {
+        self.operator(&request)?;
+        self.directory()?;
+        let mut tenants: Vec<_> = self.0.tenants.all().iter().map(|t| self.message(t)).collect();
+        tenants.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Response::new(TenantList { tenants }))
+    }
+
+    async fn show_tenant(&self, request: Request<ShowTenantRequest>) -> Result<Response<TenantMessage>, Status> {
+        self.operator(&request)?;
+        let name = &request.get_ref().name;
+        let tenant = self.0.tenants.get(name);
+        let tenant = tenant.ok_or_else(|| Status::not_found(format!("there is no tenant {name} in this region")))?;
+        Ok(Response::new(self.message(&tenant)))
+    }
+
+    async fn node_status(&self, request: Request<NodeStatusRequest>) -> Result<Response<NodeStatusResponse>, Status> {
+        self.operator(&request)?;
+        let nodes = self.0.directory().and_then(|d| d.nodes().ok()).unwrap_or_default();
+        Ok(Response::new(NodeStatusResponse {
+            name: self.0.config.name.clone(),
+            id: format!("{:x}", self.0.id),
+            region: self.0.config.region.to_string(),
+            zone: self.0.config.zone.clone(),
+            state: self.0.state.read().name().into(),
+            nodes: nodes.into_iter().map(|n| n.record.name).collect(),
+        }))
+    }
+
+    async fn restore_region(&self, request: Request<RestoreRegionRequest>) -> Result<Response<BoxStream<RestoreEvent>>, Status> {
+        self.operator(&request)?;
+        let lost_at_ms = request.get_ref().lost_at_ms;
+        Ok(Response::new(restore::start(self.0.clone(), lost_at_ms)?))
+    }
+}

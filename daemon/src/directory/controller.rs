@@ -1,0 +1,225 @@
+//! Controllers: they watch the directory and reconcile what is with what is recorded.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use kms::TenantId;
+use replication::group::Group;
+
+use super::Directory;
+use super::records::{NodeRecord, TenantRecord};
+use crate::node::Node;
+use crate::tenant::Tenant;
+
+const RETRY: Duration = Duration::from_millis(500);
+const RECORDS: Duration = Duration::from_secs(2);
+const MEMBERS: Duration = Duration::from_secs(1);
+const DIGESTS: Duration = Duration::from_secs(10);
+
+/// Opens the tenants that are placed on this node, and those of a new incarnation.
+pub async fn open_tenants(node: Arc<Node>) {
+    let Some(directory) = node.directory() else {
+        return;
+    };
+    let mut changes = directory.group().store().watch();
+    loop {
+        match directory.tenants() {
+            Ok(found) => {
+                for found in found {
+                    let (tenant, fresh) = node.tenants.note(found.record);
+                    if fresh {
+                        let own = node.clone();
+                        node.spawn(async move { open_tenant(own, tenant).await });
+                    }
+                }
+            }
+            Err(e) => tracing::error!(error = %e, "the directory's tenants cannot be read"),
+        }
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Opens a tenant's group here, trying again while its key or the bucket is away.
+async fn open_tenant(node: Arc<Node>, tenant: Arc<Tenant>) {
+    let record = tenant.record();
+    let id = record.group();
+    if !record.placement.contains(&node.config.name) {
+        return tenant.set_group(Err("this node holds no replica of the tenant".into()));
+    }
+    let mut told = String::new();
+    while tenant.record().group() == id {
+        match open_group(&node, &record).await {
+            Ok(group) => {
+                tracing::info!(tenant = %record.id, incarnation = record.incarnation, "tenant is open");
+                tenant.set_group(Ok(group));
+                return;
+            }
+            Err(why) => {
+                if why != told {
+                    tracing::error!(tenant = %record.id, %why, "tenant cannot be opened; it is tried again");
+                    told.clone_from(&why);
+                }
+                tenant.set_group(Err(why));
+                tokio::time::sleep(RETRY).await;
+            }
+        }
+    }
+}
+
+async fn open_group(node: &Arc<Node>, record: &TenantRecord) -> Result<Arc<Group>, String> {
+    let id = record.group();
+    if let Some(open) = node.parts.groups.get(id) {
+        return Ok(open);
+    }
+    let key = node.archive_key().ok_or("the region's archive key is not known yet")?;
+    let rpo = Duration::from_millis(record.rpo_ms);
+    let majority = record.placement.len() / 2 + 1;
+    let known = node.parts.log.contains(id);
+    let group = node.parts.open(id, rpo, Some(key), node.report(), majority).await?;
+    let first = record.placement.first() == Some(&node.config.name);
+    if first && record.incarnation == 1 && !known {
+        let directory = node.directory().ok_or("there is no directory")?;
+        let nodes = placed(&directory, record)?;
+        let members = nodes.into_iter().map(|n| (n.id, n.peer_address)).collect();
+        group.initialize(members).await.map_err(|e| e.to_string())?;
+    }
+    Ok(group)
+}
+
+fn placed(directory: &Directory, record: &TenantRecord) -> Result<Vec<NodeRecord>, String> {
+    let nodes = directory.nodes().map_err(|e| e.to_string())?;
+    let nodes: Vec<NodeRecord> = nodes.into_iter().map(|f| f.record).collect();
+    let find = |name: &String| nodes.iter().find(|n| n.name == *name).cloned();
+    let placed: Option<Vec<NodeRecord>> = record.placement.iter().map(find).collect();
+    placed.ok_or_else(|| "a node of the placement is not registered".into())
+}
+
+/// Chooses one node in each of three zones.
+pub fn place(directory: &Directory) -> Result<Vec<String>, String> {
+    let nodes = directory.nodes().map_err(|e| e.to_string())?;
+    let mut zones: BTreeMap<String, String> = BTreeMap::new();
+    for node in nodes {
+        zones.entry(node.record.zone).or_insert(node.record.name);
+    }
+    if zones.len() < 3 {
+        return Err(format!(
+            "the region has nodes in {} zones; a tenant needs three, since two cannot survive the loss of either",
+            zones.len()
+        ));
+    }
+    Ok(zones.into_values().take(3).collect())
+}
+
+/// Keeps this node's record, and the newest links of the tenants that it leads.
+pub async fn keep_records(node: Arc<Node>) {
+    let mut pending: HashMap<TenantId, super::records::LinkRecord> = HashMap::new();
+    let mut registered = false;
+    loop {
+        if !registered {
+            match node.register().await {
+                Ok(()) => registered = true,
+                Err(why) => tracing::debug!(%why, "this node is not registered yet"),
+            }
+        }
+        pending.extend(node.take_links().into_iter().map(|l| (l.tenant, l)));
+        if let Some(directory) = node.directory()
+            && let Ok(known) = directory.links()
+        {
+            let known: HashMap<_, _> = known.into_iter().map(|f| (f.record.tenant, f)).collect();
+            for link in pending.values() {
+                let known = known.get(&link.tenant);
+                let newer = known.is_none_or(|k| (k.record.incarnation, k.record.link) < (link.incarnation, link.link));
+                if newer
+                    && let Err(e) = directory.put_link(link, known.map_or(0, |k| k.modified)).await
+                {
+                    tracing::debug!(error = %e, "a link is not recorded yet");
+                }
+            }
+            pending.clear();
+        }
+        tokio::time::sleep(if registered { RECORDS } else { RETRY }).await;
+    }
+}
+
+/// Makes the members of the groups that this node leads be those that the directory wants: a node
+/// that came back under its name with a new id takes the place of its predecessor.
+pub async fn keep_members(node: Arc<Node>) {
+    loop {
+        tokio::time::sleep(MEMBERS).await;
+        let Some(directory) = node.directory() else {
+            continue;
+        };
+        let Ok(nodes) = directory.nodes() else { continue };
+        let nodes: Vec<NodeRecord> = nodes.into_iter().map(|f| f.record).collect();
+        if directory.group().is_leader() {
+            reconcile(&node, directory.group(), &nodes).await;
+        }
+        for tenant in node.tenants.all() {
+            let record = tenant.record();
+            if let Ok(group) = tenant.group()
+                && group.is_leader()
+            {
+                let placed: Vec<NodeRecord> =
+                    nodes.iter().filter(|n| record.placement.contains(&n.name)).cloned().collect();
+                reconcile(&node, &group, &placed).await;
+            }
+        }
+    }
+}
+
+async fn reconcile(node: &Node, group: &Group, wanted: &[NodeRecord]) {
+    let status = group.status();
+    let alive = |n: &NodeRecord| {
+        n.id == node.id || node.parts.peers.node(n.id, &n.peer_address).connection().is_some()
+    };
+    let mut members: BTreeMap<u64, String> = BTreeMap::new();
+    for n in wanted {
+        if status.voters.contains(&n.id) || alive(n) {
+            members.insert(n.id, n.peer_address.clone());
+        }
+    }
+    let same = members.len() == status.voters.len() && status.voters.iter().all(|v| members.contains_key(v));
+    // Never fewer than before: a replaced member goes when the one in its place is there.
+    if same || members.len() < status.voters.len() || !members.contains_key(&node.id) {
+        return;
+    }
+    tracing::info!(group = %group.id(), from = ?status.voters, to = ?members.keys(), "changing the members");
+    let change = tokio::time::timeout(Duration::from_secs(60), group.set_members(members)).await;
+    match change {
+        Ok(Ok(())) => {}
+        Ok(Err(e)) => tracing::warn!(group = %group.id(), error = %e, "the members are not changed yet"),
+        Err(_) => tracing::warn!(group = %group.id(), "the members are not changed within a minute"),
+    }
+}
+
+/// Compares the digests of the groups led here with those of the other replicas at the same
+/// positions. A difference is an alarm: one of them is wrong.
+pub async fn compare_digests(node: Arc<Node>) {
+    loop {
+        tokio::time::sleep(DIGESTS).await;
+        let Some(directory) = node.directory() else {
+            continue;
+        };
+        let Ok(nodes) = directory.nodes() else { continue };
+        for tenant in node.tenants.all() {
+            let Ok(group) = tenant.group() else { continue };
+            if !group.is_leader() {
+                continue;
+            }
+            let own: HashMap<u64, _> = group.recent_digests().into_iter().collect();
+            for found in nodes.iter().filter(|n| n.record.id != node.id) {
+                let Some(theirs) = node.digests_of(&found.record, group.id()).await else {
+                    continue;
+                };
+                let differs = theirs.iter().find(|(index, d)| own.get(index).is_some_and(|o| o != d));
+                if let Some((index, _)) = differs {
+                    tracing::error!(group = %group.id(), node = %found.record.name, index, "ALARM: a replica's digest differs");
+                    crate::server::metrics::DIGEST_DIFFERENCES.inc();
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! The directory: the region's system tenant, and what it holds.
+//!
+//! It is an ordinary tenant (same group, engine and archive) whose changes are answered once they
+//! are archived. Every node has a replica and reads it locally; a change may be asked of any node.
+
+pub mod controller;
+pub mod records;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use replication::group::{Group, ProposeError};
+use replication::mvcc::check::Failed;
+use replication::proto::command::command::Op;
+use replication::proto::command::reply::Result as ReplyResult;
+use replication::proto::command::Command;
+use replication::proto::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
+use replication::proto::etcdserverpb::request_op::Request;
+use replication::proto::etcdserverpb::{Compare, PutRequest, RangeRequest, RequestOp, TxnRequest};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use thiserror::Error;
+
+use records::{LinkRecord, NodeRecord, TenantRecord};
+
+#[derive(Debug, Error)]
+pub enum DirectoryError {
+    #[error("the directory did not take the change: {0}")]
+    Propose(#[from] ProposeError),
+    #[error("the directory cannot be read: {0}")]
+    Read(#[from] Failed),
+    #[error("the record {0} was changed by someone else meanwhile; look and try again")]
+    Conflict(String),
+    #[error("the record {0} does not parse: {1}")]
+    Malformed(String, String),
+}
+
+/// A record and the revision that it was last changed at; 0: it does not exist.
+pub struct Found<T> {
+    pub record: T,
+    pub modified: i64,
+}
+
+#[derive(Clone)]
+pub struct Directory {
+    group: Arc<Group>,
+}
+
+impl Directory {
+    pub fn new(group: Arc<Group>) -> Self {
+        Directory { group }
+    }
+
+    pub fn group(&self) -> &Arc<Group> {
+        &self.group
+    }
+
+    fn list<T: DeserializeOwned>(&self, prefix: &str) -> Result<Vec<Found<T>>, DirectoryError> {
+        // '0' follows '/': the end of the prefix's range.
+        let end = format!("{}0", prefix.trim_end_matches('/'));
+        let response = self.group.store().range(&RangeRequest {
+            key: Bytes::copy_from_slice(prefix.as_bytes()),
+            range_end: end.into_bytes().into(),
+            ..RangeRequest::default()
+        })?;
+        let parse = |kv: replication::proto::mvccpb::KeyValue| {
+            let record = serde_json::from_slice(&kv.value).map_err(|e| {
+                DirectoryError::Malformed(String::from_utf8_lossy(&kv.key).into_owned(), e.to_string())
+            })?;
+            Ok(Found {
+                record,
+                modified: kv.mod_revision,
+            })
+        };
+        response.kvs.into_iter().map(parse).collect()
+    }
+
+    /// Writes a record if it still stands at `modified`.
+    async fn put<T: Serialize>(&self, key: String, record: &T, modified: i64) -> Result<(), DirectoryError> {
+        let value = serde_json::to_vec(record).map_err(|e| DirectoryError::Malformed(key.clone(), e.to_string()))?;
+        let bytes = Bytes::from(key.clone().into_bytes());
+        let txn = TxnRequest {
+            compare: vec![Compare {
+                result: CompareResult::Equal as i32,
+                target: CompareTarget::Mod as i32,
+                key: bytes.clone(),
+                target_union: Some(TargetUnion::ModRevision(modified)),
+                ..Compare::default()
+            }],
+            success: vec![RequestOp {
+                request: Some(Request::RequestPut(PutRequest {
+                    key: bytes,
+                    value: value.into(),
+                    ..PutRequest::default()
+                })),
+            }],
+            failure: vec![],
+        };
+        let command = Command {
+            op: Some(Op::Txn(txn)),
+            ..Command::default()
+        };
+        let replies = self.group.propose(vec![command]).await?;
+        match replies.into_iter().next().and_then(|r| r.result) {
+            Some(ReplyResult::Txn(answer)) if answer.succeeded => Ok(()),
+            _ => Err(DirectoryError::Conflict(key)),
+        }
+    }
+
+    pub fn nodes(&self) -> Result<Vec<Found<NodeRecord>>, DirectoryError> {
+        self.list("/nodes/")
+    }
+
+    pub fn tenants(&self) -> Result<Vec<Found<TenantRecord>>, DirectoryError> {
+        self.list("/tenants/")
+    }
+
+    pub fn links(&self) -> Result<Vec<Found<LinkRecord>>, DirectoryError> {
+        self.list("/links/")
+    }
+
+    pub async fn put_node(&self, record: &NodeRecord, modified: i64) -> Result<(), DirectoryError> {
+        self.put(format!("/nodes/{}", record.name), record, modified).await
+    }
+
+    pub async fn put_tenant(&self, record: &TenantRecord, modified: i64) -> Result<(), DirectoryError> {
+        self.put(format!("/tenants/{}", record.name), record, modified).await
+    }
+
+    pub async fn put_link(&self, record: &LinkRecord, modified: i64) -> Result<(), DirectoryError> {
+        self.put(format!("/links/{}", record.tenant), record, modified).await
+    }
+
+    /// Registers a node under its name. A known name with another id is a new node in its place.
+    pub async fn register(&self, node: &NodeRecord) -> Result<(), DirectoryError> {
+        let known = self.nodes()?.into_iter().find(|found| found.record.name == node.name);
+        match known {
+            Some(found) if found.record == *node => Ok(()),
+            Some(found) => self.put_node(node, found.modified).await,
+            None => self.put_node(node, 0).await,
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! Every maximum, with its reason.
+
+use std::time::Duration;
+
+/// A client's request, as etcd has it; larger ones are INVALID_ARGUMENT.
+pub const MAX_REQUEST: usize = 1_572_864;
+/// A gRPC message received: a request and its envelope.
+pub const MAX_MESSAGE: usize = 2_097_152;
+/// Streams of one client connection: a client library opens one per request in flight.
+pub const MAX_STREAMS: u32 = 4096;
+/// HTTP/2 windows: a stream holds a large request, a connection many.
+pub const STREAM_WINDOW: u32 = 1 << 20;
+pub const CONNECTION_WINDOW: u32 = 4 << 20;
+/// How long a login lasts, as etcd's simple tokens.
+pub const TOKEN_LIFE: Duration = Duration::from_secs(300);
+/// Logins remembered, so that a token's MAC is checked once.
+pub const MAX_SESSIONS: usize = 16_384;
+/// Password hashes computed at once: each takes 19 MiB and a core.
+pub const MAX_LOGINS: usize = 2;
+/// Bytes of keys and values of a tenant, all versions, unless it is given another quota.
+pub const DEFAULT_QUOTA: u64 = 8 << 30;
+/// Tenant and user names.
+pub const MAX_NAME: usize = 63;
+/// Memtables of all tenants of a node together.
+pub const WRITE_BUFFERS: usize = 512 << 20;
+/// Block cache of one tenant.
+pub const BLOCK_CACHE: usize = 64 << 20;
+/// Tenants restored at once: replay takes a core each.
+pub const RESTORES: usize = 2;
+/// Reading a whole replica for its digest, bytes a second.
+pub const SCAN_RATE: usize = 20 << 20;

@@ -1,0 +1,465 @@
+//! One node of a region: its log, peers, groups, directory and servers.
+//!
+//! Where the directory is: this node's own note of it (`region.json`); else a peer that has it;
+//! else, when the bucket knows no region, the founder makes one. A node with an empty data
+//! directory whose region is in the bucket and on no peer waits for a restore: it never founds a
+//! second region over the first.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use kms::aws::AwsKms;
+use kms::local::{Keyfile, write_private};
+use kms::secret::Secret;
+use kms::{KeyUri, Providers, TenantId, WrappedKey, WrappedKeyStore};
+use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload};
+use parking_lot::RwLock;
+use replication::archive::archiver::Report;
+use replication::archive::bucket::Bootstrap;
+use replication::archive::chain::Tail;
+use replication::engine::{Budget, Ciphering};
+use replication::group::{DaemonCalls, Groups};
+use replication::log::NodeLog;
+use replication::network::{self, Hello, NodeTls, Peers, Service};
+use replication::{GroupId, command};
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpListener;
+use tokio::sync::{Mutex, Notify};
+use tokio::task::JoinSet;
+
+use crate::config::NodeConfig;
+use crate::directory::records::{LinkRecord, NodeRecord};
+use crate::directory::{Directory, controller};
+use crate::limits;
+use crate::server;
+use crate::tenant::{Parts, Registry};
+
+const PEER_CALL: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_millis(100);
+
+/// What a node asks of another above the groups.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Question {
+    /// Which group is the directory?
+    Directory,
+    Register(NodeRecord),
+    /// Digests of recent positions of a group.
+    Digests(GroupId),
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RegionFile {
+    version: u32,
+    directory: GroupId,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeState {
+    Starting,
+    AwaitingRestore,
+    Serving,
+}
+
+impl NodeState {
+    pub fn name(self) -> &'static str {
+        match self {
+            NodeState::Starting => "starting",
+            NodeState::AwaitingRestore => "awaiting restore",
+            NodeState::Serving => "serving",
+        }
+    }
+}
+
+pub struct Node {
+    pub config: NodeConfig,
+    pub id: u64,
+    pub parts: Parts,
+    pub tenants: Registry,
+    pub state: RwLock<NodeState>,
+    directory: RwLock<Option<Directory>>,
+    archive_key: RwLock<Option<Secret>>,
+    /// Links made since the directory was last told.
+    links: RwLock<BTreeMap<TenantId, LinkRecord>>,
+    pub changed: Notify,
+    /// One restore at a time.
+    pub restoring: Mutex<()>,
+    tasks: parking_lot::Mutex<JoinSet<()>>,
+}
+
+fn node_id(dir: &Path) -> Result<u64, String> {
+    let path = dir.join("node_id");
+    match std::fs::read_to_string(&path) {
+        Ok(text) => u64::from_str_radix(text.trim(), 16).map_err(|e| format!("{}: {e}", path.display())),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            // 63 bits: ids travel through formats with signed integers.
+            let id = u64::from_be_bytes(kms::secret::random_bytes()) >> 1;
+            write_private(&path, format!("{id:016x}").as_bytes()).map_err(|e| format!("{}: {e}", path.display()))?;
+            Ok(id)
+        }
+        Err(e) => Err(format!("{}: {e}", path.display())),
+    }
+}
+
+async fn providers(config: &NodeConfig) -> Providers {
+    let mut providers = Providers::default();
+    if let Some(local) = &config.kms.local {
+        providers.local = Some(Arc::new(Keyfile::new(&local.keyfile)));
+    }
+    if let Some(aws) = &config.kms.aws {
+        providers.aws = Some(Arc::new(AwsKms::connect(&aws.cloud_region, aws.endpoint.as_deref()).await));
+    }
+    providers
+}
+
+impl Node {
+    /// Starts a node: its servers listen when this returns; the region may still be forming.
+    pub async fn start(config: NodeConfig) -> Result<Arc<Self>, String> {
+        let at = |what: &str, e: &dyn std::fmt::Display| format!("{what}: {e}");
+        let dir = config.data_dir.clone();
+        make_private(&dir).map_err(|e| at("data_dir", &e))?;
+        let id = node_id(&dir)?;
+        let tls = NodeTls::load(&config.tls.ca, &config.tls.cert, &config.tls.key, &[]).map_err(|e| e.to_string())?;
+        let expected = network::Identity::Node {
+            region: config.region,
+            zone: config.zone.clone(),
+            name: config.name.clone(),
+        };
+        if tls.identity != expected {
+            return Err(format!(
+                "the certificate names {}, node.toml {}",
+                tls.identity.uri(),
+                expected.uri()
+            ));
+        }
+        let bucket = config.bucket.open(config.region)?;
+        let log = NodeLog::open(&dir.join("log")).map_err(|e| e.to_string())?;
+        let hello = Hello {
+            protocol: network::PROTOCOL,
+            format: command::VERSION,
+            node: id,
+            name: config.name.clone(),
+        };
+        let peers = Peers::new(tls.clone(), hello.clone());
+        let groups = Arc::new(Groups::default());
+        let ciphering = match std::env::var("HOLDFAST_TEST_NULL_CIPHER").is_ok() {
+            true => Ciphering::Plain,
+            false => Ciphering::Encrypted,
+        };
+        let node = Arc::new(Node {
+            id,
+            parts: Parts {
+                data_dir: dir.clone(),
+                log,
+                peers,
+                groups: groups.clone(),
+                budget: Budget::new(limits::WRITE_BUFFERS, limits::BLOCK_CACHE, ciphering),
+                providers: providers(&config).await,
+                keys: WrappedKeyStore::new(bucket.clone(), dir.join("keys")),
+                bucket,
+            },
+            tenants: Registry::default(),
+            state: RwLock::new(NodeState::Starting),
+            directory: RwLock::new(None),
+            archive_key: RwLock::new(None),
+            links: RwLock::default(),
+            changed: Notify::new(),
+            restoring: Mutex::new(()),
+            tasks: parking_lot::Mutex::new(JoinSet::new()),
+            config,
+        });
+        groups.set_daemon(Arc::new(Calls(Arc::downgrade(&node))));
+        let listener = bind(node.config.peer_address).await?;
+        node.spawn(network::serve(listener, tls, hello, groups));
+        server::start(&node).await?;
+        let own = node.clone();
+        node.spawn(async move { own.join_region().await });
+        Ok(node)
+    }
+
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.lock().spawn(task);
+    }
+
+    pub fn directory(&self) -> Option<Directory> {
+        self.directory.read().clone()
+    }
+
+    pub fn archive_key(&self) -> Option<Secret> {
+        self.archive_key.read().clone()
+    }
+
+    pub fn set_archive_key(&self, key: Secret) {
+        *self.archive_key.write() = Some(key);
+    }
+
+    /// Stops groups and servers. Nothing needs it to be called: a killed node loses nothing.
+    pub async fn shutdown(&self) {
+        for group in self.parts.groups.all() {
+            group.shutdown().await;
+        }
+        self.tasks.lock().abort_all();
+    }
+
+    pub fn record(&self) -> NodeRecord {
+        NodeRecord {
+            name: self.config.name.clone(),
+            id: self.id,
+            zone: self.config.zone.clone(),
+            peer_address: self.config.peer_address.to_string(),
+            client_url: self.config.client_url(),
+        }
+    }
+
+    /// Notes links as the archiver makes them; the directory is told at intervals.
+    pub fn report(self: &Arc<Self>) -> Report {
+        let weak = Arc::downgrade(self);
+        Arc::new(move |group: GroupId, tail: &Tail| {
+            if let Some(node) = weak.upgrade() {
+                let record = LinkRecord {
+                    tenant: group.tenant,
+                    incarnation: group.incarnation,
+                    link: tail.number,
+                };
+                node.links.write().insert(group.tenant, record);
+            }
+        })
+    }
+
+    pub fn take_links(&self) -> Vec<LinkRecord> {
+        std::mem::take(&mut *self.links.write()).into_values().collect()
+    }
+
+    fn region_file(&self) -> std::path::PathBuf {
+        self.parts.data_dir.join("region.json")
+    }
+
+    pub fn save_region(&self, directory: GroupId) -> Result<(), String> {
+        let file = RegionFile { version: 1, directory };
+        let bytes = serde_json::to_vec(&file).map_err(|e| e.to_string())?;
+        write_private(&self.region_file(), &bytes).map_err(|e| format!("{}: {e}", self.region_file().display()))
+    }
+
+    fn read_region(&self) -> Result<Option<GroupId>, String> {
+        match std::fs::read(self.region_file()) {
+            Ok(bytes) => serde_json::from_slice::<RegionFile>(&bytes)
+                .map(|file| Some(file.directory))
+                .map_err(|e| format!("{}: {e}", self.region_file().display())),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(format!("{}: {e}", self.region_file().display())),
+        }
+    }
+
+    /// Finds or founds the region, and serves it.
+    async fn join_region(self: Arc<Self>) {
+        let mut told = String::new();
+        loop {
+            match self.find_directory().await {
+                Ok(Some(group)) => match self.open_directory(group).await {
+                    Ok(()) => return,
+                    Err(why) => self.tell(&mut told, why),
+                },
+                // A restore may have opened it meanwhile.
+                Ok(None) if self.directory().is_some() => return,
+                Ok(None) => {}
+                Err(why) => self.tell(&mut told, why),
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    fn tell(&self, told: &mut String, why: String) {
+        if *told != why {
+            tracing::warn!(%why, "the region is not there yet");
+            *told = why;
+        }
+    }
+
+    async fn find_directory(&self) -> Result<Option<GroupId>, String> {
+        if let Some(group) = self.read_region()? {
+            if self.config.is_founder() {
+                self.form(group).await?;
+            }
+            return Ok(Some(group));
+        }
+        for peer in self.other_peers() {
+            if let Some(answer) = self.ask(&peer, &Question::Directory).await
+                && let Ok(Some(group)) = serde_json::from_slice::<Option<GroupId>>(&answer)
+            {
+                self.save_region(group)?;
+                return Ok(Some(group));
+            }
+        }
+        match self.parts.bucket.head(&Bootstrap::path()).await {
+            Ok(_) => {
+                *self.state.write() = NodeState::AwaitingRestore;
+                Ok(None)
+            }
+            Err(object_store::Error::NotFound { .. }) if self.config.is_founder() => self.found().await.map(Some),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(e) => Err(format!("the bucket cannot be asked for the region: {e}")),
+        }
+    }
+
+    fn other_peers(&self) -> Vec<String> {
+        let own = self.config.peer_address;
+        self.config.peers.iter().filter(|p| **p != own).map(ToString::to_string).collect()
+    }
+
+    async fn ask(&self, address: &str, question: &Question) -> Option<Bytes> {
+        let peer = self.parts.peers.address(address);
+        let connection = peer.connected(Duration::from_millis(200)).await?;
+        let body = serde_json::to_vec(question).ok()?;
+        let nobody = GroupId {
+            tenant: TenantId::default(),
+            incarnation: 0,
+        };
+        connection.call(Service::Daemon, nobody, &body, PEER_CALL).await.ok()
+    }
+
+    /// Makes the region: the directory's key, the bootstrap object, the directory's group.
+    async fn found(&self) -> Result<GroupId, String> {
+        let members = self.members().await.ok_or("waiting for the other nodes, to found the region")?;
+        let key: KeyUri = self.config.region_key.parse().map_err(|e: kms::KmsError| e.to_string())?;
+        let directory = TenantId::random();
+        let (wrapped, _) = WrappedKey::create(&self.parts.providers, &key, directory, self.config.region)
+            .await
+            .map_err(|e| e.to_string())?;
+        self.parts.keys.create(&wrapped).await.map_err(|e| e.to_string())?;
+        let bootstrap = Bootstrap {
+            version: Bootstrap::VERSION,
+            region: self.config.region,
+            directory,
+            key,
+        };
+        let bytes = serde_json::to_vec_pretty(&bootstrap).map_err(|e| e.to_string())?;
+        let group = GroupId {
+            tenant: directory,
+            incarnation: 1,
+        };
+        self.parts
+            .bucket
+            .put_opts(&Bootstrap::path(), PutPayload::from(bytes), PutMode::Create.into())
+            .await
+            .map_err(|e| format!("the bootstrap object: {e}"))?;
+        self.save_region(group)?;
+        tracing::info!(region = %self.config.region, %group, nodes = members.len(), "the region is founded");
+        self.form(group).await?;
+        Ok(group)
+    }
+
+    /// All nodes of the region by id, once each has been reached.
+    async fn members(&self) -> Option<BTreeMap<u64, String>> {
+        let mut members = BTreeMap::from([(self.id, self.config.peer_address.to_string())]);
+        for address in self.other_peers() {
+            let peer = self.parts.peers.address(&address);
+            peer.connected(Duration::from_secs(1)).await?;
+            members.insert(peer.hello()?.node, address);
+        }
+        Some(members)
+    }
+
+    /// Forms the directory's group, unless it was formed before.
+    async fn form(&self, group: GroupId) -> Result<(), String> {
+        if self.parts.log.contains(group) || group.incarnation > 1 {
+            return Ok(());
+        }
+        let members = self.members().await.ok_or("waiting for the other nodes, to form the directory")?;
+        let opened = self.open_directory_group(group).await?;
+        opened.initialize(members).await.map_err(|e| e.to_string())
+    }
+
+    async fn open_directory_group(&self, id: GroupId) -> Result<Arc<replication::group::Group>, String> {
+        if let Some(open) = self.parts.groups.get(id) {
+            return Ok(open);
+        }
+        let nothing: Report = Arc::new(|_, _| {});
+        // One voter is enough: a change is answered once it is in the bucket.
+        let group = self.parts.open(id, Duration::ZERO, None, nothing, 1).await?;
+        self.set_archive_key(group.keys().archive_key());
+        Ok(group)
+    }
+
+    /// Opens the directory here and starts what watches it.
+    pub async fn open_directory(self: &Arc<Self>, id: GroupId) -> Result<(), String> {
+        let group = self.open_directory_group(id).await?;
+        *self.directory.write() = Some(Directory::new(group));
+        let (own, second, third) = (self.clone(), self.clone(), self.clone());
+        self.spawn(async move { controller::open_tenants(own).await });
+        self.spawn(async move { controller::keep_records(second).await });
+        self.spawn(async move { controller::keep_members(third).await });
+        let own = self.clone();
+        self.spawn(async move { controller::compare_digests(own).await });
+        *self.state.write() = NodeState::Serving;
+        self.changed.notify_waiters();
+        Ok(())
+    }
+
+    /// Registers this node, here or through a peer that can.
+    pub async fn register(&self) -> Result<(), String> {
+        let record = self.record();
+        let directory = self.directory().ok_or("there is no directory yet")?;
+        let member = directory.group().status().voters.contains(&self.id);
+        if member {
+            return directory.register(&record).await.map_err(|e| e.to_string());
+        }
+        for peer in self.other_peers() {
+            if self.ask(&peer, &Question::Register(record.clone())).await.is_some() {
+                return Ok(());
+            }
+        }
+        Err("no peer could register this node".into())
+    }
+
+    /// Digests of a group's recent positions on another node.
+    pub async fn digests_of(&self, node: &NodeRecord, group: GroupId) -> Option<Vec<(u64, replication::mvcc::digest::Digests)>> {
+        let answer = self.ask(&node.peer_address, &Question::Digests(group)).await?;
+        serde_json::from_slice(&answer).ok()
+    }
+}
+
+/// Answers other nodes' questions.
+struct Calls(std::sync::Weak<Node>);
+
+#[async_trait]
+impl DaemonCalls for Calls {
+    async fn call(&self, body: Bytes) -> Result<Bytes, String> {
+        let node = self.0.upgrade().ok_or("the node is stopping")?;
+        let question: Question = serde_json::from_slice(&body).map_err(|e| e.to_string())?;
+        let answer = match question {
+            Question::Directory => {
+                let id = node.directory().map(|d| d.group().id());
+                let forming = match id {
+                    Some(id) => Some(id),
+                    None => node.read_region()?,
+                };
+                serde_json::to_vec(&forming)
+            }
+            Question::Register(record) => {
+                let directory = node.directory().ok_or("this node has no directory yet")?;
+                directory.register(&record).await.map_err(|e| e.to_string())?;
+                serde_json::to_vec(&())
+            }
+            Question::Digests(group) => {
+                let group = node.parts.groups.get(group).ok_or("the group is not open here")?;
+                serde_json::to_vec(&group.recent_digests())
+            }
+        };
+        answer.map(Bytes::from).map_err(|e| e.to_string())
+    }
+}
+
+pub async fn bind(address: std::net::SocketAddr) -> Result<TcpListener, String> {
+    TcpListener::bind(address).await.map_err(|e| format!("cannot listen on {address}: {e}"))
+}
+
+fn make_private(dir: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::create_dir_all(dir)?;
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
+}

@@ -1,0 +1,145 @@
+//! What can be asked for on the command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use kms::Region;
+
+#[derive(Parser)]
+#[command(version, about = "Operates a Holdfast region")]
+pub struct Arguments {
+    /// operator.toml, as `holdfast init` writes it.
+    #[arg(long, global = true, default_value = "operator.toml")]
+    pub config: PathBuf,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Writes certificates, a keyfile and a node.toml for each node of a new region.
+    Init(Init),
+    /// Keys in a keyfile, for development and air-gapped sites.
+    Keyfile {
+        #[command(subcommand)]
+        command: KeyfileCommand,
+    },
+    /// Tenants: create, list, show.
+    Tenant {
+        #[command(subcommand)]
+        command: TenantCommand,
+    },
+    /// How each node stands.
+    Node,
+    /// Restores from the bucket.
+    Restore {
+        #[command(subcommand)]
+        command: RestoreCommand,
+    },
+}
+
+#[derive(Args)]
+pub struct Init {
+    /// us, eu, au or jp.
+    #[arg(long)]
+    pub region: Region,
+    #[arg(long, default_value_t = 3)]
+    pub nodes: usize,
+    /// Where everything is written.
+    #[arg(long, default_value = ".")]
+    pub dir: PathBuf,
+    /// s3://BUCKET/PREFIX or file:///DIRECTORY; DIR/bucket if not given.
+    #[arg(long)]
+    pub bucket: Option<String>,
+    /// The cloud region of an S3 bucket.
+    #[arg(long)]
+    pub cloud_region: Option<String>,
+    /// An S3 endpoint other than AWS's.
+    #[arg(long)]
+    pub endpoint: Option<String>,
+    /// The first of three ports a node on loopback; free ones if 0.
+    #[arg(long, default_value_t = 2379)]
+    pub port: u16,
+}
+
+#[derive(Subcommand)]
+pub enum KeyfileCommand {
+    /// Adds a key with fresh material.
+    Add { file: PathBuf, name: String },
+    Enable { file: PathBuf, name: String },
+    Disable { file: PathBuf, name: String },
+    ScheduleDeletion { file: PathBuf, name: String },
+}
+
+#[derive(Subcommand)]
+pub enum TenantCommand {
+    Create(Create),
+    List,
+    Show { name: String },
+}
+
+#[derive(Args)]
+pub struct Create {
+    pub name: String,
+    /// enhanced or standard.
+    #[arg(long, default_value = "standard")]
+    pub tier: String,
+    /// Recovery point objective, such as 1s or 15m; the tier's if not given.
+    #[arg(long)]
+    pub rpo: Option<String>,
+    /// Recovery time objective; the tier's if not given.
+    #[arg(long)]
+    pub rto: Option<String>,
+    /// local:NAME or arn:aws:kms:REGION:ACCOUNT:key/ID.
+    #[arg(long)]
+    pub key: String,
+    /// The first user, who manages the others.
+    #[arg(long, default_value = "root")]
+    pub user: String,
+    /// The first user's password; read from standard input if not given.
+    #[arg(long)]
+    pub password: Option<String>,
+    /// Bytes of keys and values, all versions; the default if not given.
+    #[arg(long)]
+    pub quota: Option<u64>,
+}
+
+#[derive(Subcommand)]
+pub enum RestoreCommand {
+    /// Restores the region onto empty nodes.
+    Region {
+        /// When the region was lost, in seconds since 1970, for the actual RPO; now if not given.
+        #[arg(long)]
+        lost_at: Option<u64>,
+    },
+}
+
+/// Milliseconds of `250ms`, `1s`, `15m`, `24h` or `7d`.
+pub fn milliseconds(text: &str) -> Result<u64, String> {
+    let at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(at);
+    let unit = match unit {
+        "ms" => 1,
+        "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
+        _ => return Err(format!("\"{text}\" is not a duration; use a number and ms, s, m, h or d")),
+    };
+    let number: u64 = number.parse().map_err(|_| format!("\"{text}\" is not a duration"))?;
+    number.checked_mul(unit).ok_or_else(|| format!("\"{text}\" is too long"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations() {
+        assert_eq!(milliseconds("1s"), Ok(1000));
+        assert_eq!(milliseconds("15m"), Ok(900_000));
+        for bad in ["", "s", "1", "1y", "-1s", "99999999999999999999d"] {
+            assert!(milliseconds(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! `holdfast restore region`: has an empty node restore the region, and shows how it goes.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use daemon::admin_client::OperatorConfig;
+use daemon::proto::admin::{NodeStatusRequest, Outcome, RestoreEvent, RestoreRegionRequest};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+use crate::args::RestoreCommand;
+use crate::table;
+
+/// How long nodes may take to say that they await a restore.
+const READY_WITHIN: Duration = Duration::from_secs(30);
+
+pub async fn run(config: &Path, command: RestoreCommand) -> Result<ExitCode, String> {
+    let RestoreCommand::Region { lost_at } = command;
+    let operator = OperatorConfig::load(config)?;
+    let mut client = awaiting(&operator).await?;
+    let request = RestoreRegionRequest {
+        lost_at_ms: lost_at.map_or(0, |seconds| seconds * 1000),
+    };
+    let mut events = client
+        .restore_region(request)
+        .await
+        .map_err(|e| e.message().to_string())?
+        .into_inner();
+    let mut screen = Screen::default();
+    while let Some(event) = events.message().await.map_err(|e| e.message().to_string())? {
+        screen.show(event);
+    }
+    screen.finish()
+}
+
+/// The first node that awaits a restore. It is asked again while nodes are starting.
+async fn awaiting(operator: &OperatorConfig) -> Result<daemon::proto::admin::admin_client::AdminClient<tonic::transport::Channel>, String> {
+    let deadline = Instant::now() + READY_WITHIN;
+    loop {
+        let mut said = Vec::new();
+        for endpoint in &operator.endpoints {
+            let mut client = match operator.connect_to(*endpoint).await {
+                Ok(client) => client,
+                Err(why) => {
+                    said.push(format!("{endpoint}: {why}"));
+                    continue;
+                }
+            };
+            let status = client.node_status(NodeStatusRequest {}).await;
+            let status = status.map_err(|e| e.message().to_string())?.into_inner();
+            match status.state.as_str() {
+                "awaiting restore" => return Ok(client),
+                "serving" => {
+                    return Err(format!(
+                        "node {} is serving the region: a region is restored onto nodes whose data directories are empty",
+                        status.name
+                    ));
+                }
+                state => said.push(format!("{}: {state}", status.name)),
+            }
+        }
+        if Instant::now() >= deadline {
+            return Err(format!("no node awaits a restore: {}", said.join("; ")));
+        }
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+}
+
+#[derive(Default)]
+struct Screen {
+    bars: MultiProgress,
+    tenants: HashMap<String, ProgressBar>,
+    done: Vec<(String, Outcome)>,
+    refused: Vec<(String, String)>,
+}
+
+impl Screen {
+    fn show(&mut self, event: RestoreEvent) {
+        let bar = self.tenants.entry(event.tenant.clone()).or_insert_with(|| {
+            let bar = self.bars.add(ProgressBar::new(0));
+            let style = ProgressStyle::with_template("{prefix:16} {msg:10} {bar:30} {pos}/{len}");
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.set_prefix(event.tenant.clone());
+            bar
+        });
+        bar.set_message(event.phase.clone());
+        if event.total > 0 {
+            bar.set_length(event.total);
+            bar.set_position(event.done);
+        }
+        match event.phase.as_str() {
+            "serving" => {
+                bar.finish();
+                if let Some(outcome) = event.outcome {
+                    self.done.push((event.tenant, outcome));
+                }
+            }
+            "refused" => {
+                bar.abandon();
+                self.refused.push((event.tenant, event.message));
+            }
+            _ => {}
+        }
+    }
+
+    fn finish(self) -> Result<ExitCode, String> {
+        let row = |(name, o): &(String, Outcome)| {
+            vec![
+                name.clone(),
+                o.tier.clone(),
+                table::duration(o.rpo_ms),
+                format!("<= {}", table::duration(o.actual_rpo_ms)),
+                table::duration(o.rto_ms),
+                table::duration(o.actual_rto_ms),
+                o.revision.to_string(),
+                if o.digest_matches { "yes" } else { "NO" }.to_string(),
+            ]
+        };
+        let rows: Vec<_> = self.done.iter().map(row).collect();
+        println!();
+        table::print(
+            &["TENANT", "TIER", "RPO", "ACTUAL RPO", "RTO", "ACTUAL RTO", "REVISION", "DIGEST MATCHES"],
+            &rows,
+        );
+        println!("Actual RPO is the age of the newest restored write when the region was lost: at most so much is gone.");
+        for (name, why) in &self.refused {
+            println!("\n{name} is NOT restored: {why}");
+        }
+        Ok(if self.refused.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
