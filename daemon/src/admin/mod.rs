@@ -25,6 +25,7 @@ use crate::proto::admin::{
 };
 use crate::tenant::Tenant;
 
+const PLACE_WITHIN: Duration = Duration::from_secs(10);
 const OPEN_WITHIN: Duration = Duration::from_secs(20);
 
 pub fn routes(node: &Arc<Node>) -> Routes {
@@ -130,7 +131,7 @@ impl AdminService {
         if known.iter().any(|t| t.record.name == request.name) {
             return Err(Status::already_exists(format!("there is a tenant {} already", request.name)));
         }
-        let placement = controller::place(&directory).map_err(Status::failed_precondition)?;
+        let placement = self.place(&directory).await?;
         let id = TenantId::random();
         let providers = &self.0.parts.providers;
         let (wrapped, _) = WrappedKey::create(providers, &key, id, region)
@@ -169,6 +170,18 @@ impl AdminService {
         };
         group.propose(vec![command]).await.map_err(|e| Status::unavailable(format!("the first user: {e}")))?;
         Ok(self.message(&tenant))
+    }
+
+    /// Places a tenant; nodes of a region that was just founded may still be registering.
+    async fn place(&self, directory: &crate::directory::Directory) -> Result<Vec<String>, Status> {
+        let deadline = tokio::time::Instant::now() + PLACE_WITHIN;
+        loop {
+            match controller::place(directory) {
+                Ok(placement) => return Ok(placement),
+                Err(why) if tokio::time::Instant::now() >= deadline => return Err(Status::failed_precondition(why)),
+                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        }
     }
 
     /// Waits until a tenant is open here and has a leader.

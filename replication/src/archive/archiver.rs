@@ -21,6 +21,8 @@ use crate::machine::State;
 const MAX_LINK: usize = 4 << 20;
 /// A checkpoint is uploaded once this much was shipped since the last one.
 const CHECKPOINT_BYTES: u64 = 64 << 20;
+/// The longest that a write waits for its link, however long the RPO: links cost little.
+const MAX_INTERVAL: Duration = Duration::from_secs(5);
 const MIN_RETRY: Duration = Duration::from_millis(100);
 const MAX_RETRY: Duration = Duration::from_secs(5);
 /// How often an idle leader looks whether its chain was closed.
@@ -42,7 +44,7 @@ pub async fn run(group: Arc<Group>, chain: Chain, rpo: Duration, report: Report)
     let archiver = Archiver {
         chain,
         writer: hex::encode(kms::secret::random_bytes::<8>()),
-        interval: rpo / 2,
+        interval: (rpo / 2).min(MAX_INTERVAL),
         report,
     };
     let mut retry = MIN_RETRY;

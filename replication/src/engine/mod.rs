@@ -112,8 +112,11 @@ impl Engine {
         options.set_env(&env);
         options.set_atomic_flush(true);
         options.set_write_buffer_manager(&budget.write_buffers);
-        options.set_info_logger(InfoLogger::new_callback_logger(LogLevel::Error, |_, _| {
-            tracing::error!("RocksDB reports an error in a tenant's engine");
+        // RocksDB's words can quote keys: only that it complained is logged.
+        options.set_info_logger(InfoLogger::new_callback_logger(LogLevel::Error, |level, _| {
+            if matches!(level, LogLevel::Error | LogLevel::Fatal) {
+                tracing::error!("RocksDB reports an error in a tenant's engine");
+            }
         }));
         let cache = Cache::new_lru_cache(budget.cache_bytes);
         let families = Cf::ALL.map(|cf| {

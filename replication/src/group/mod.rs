@@ -10,6 +10,8 @@ mod registry;
 pub mod replica;
 mod snapshot;
 mod state_machine;
+#[cfg(test)]
+mod suite;
 pub mod types;
 
 pub use group::{Group, GroupConfig, GroupError, GroupStatus, Role};

@@ -17,6 +17,8 @@ pub mod record;
 mod recovery;
 mod segment;
 mod storage;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 use std::collections::{HashMap, VecDeque};

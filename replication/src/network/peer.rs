@@ -53,6 +53,18 @@ impl Peer {
     }
 }
 
+/// Why a peer was not connected.
+enum Refused {
+    Now(String),
+    Replaced(String),
+}
+
+impl From<String> for Refused {
+    fn from(why: String) -> Self {
+        Refused::Now(why)
+    }
+}
+
 /// All peers of a node, by node id, or by address while the id is not known.
 pub struct Peers {
     tls: NodeTls,
@@ -123,7 +135,12 @@ impl Peers {
                         retry = RETRY;
                         told.clear();
                     }
-                    Ok(Err(why)) => {
+                    Ok(Err(Refused::Replaced(why))) => {
+                        // A node id never comes back.
+                        tracing::info!(%address, %why, "peer is no more");
+                        return;
+                    }
+                    Ok(Err(Refused::Now(why))) => {
                         // Once per reason: an absent peer is dialled every second.
                         if why != told {
                             tracing::info!(%address, %why, "peer is not reachable");
@@ -143,7 +160,7 @@ impl Peers {
         &self,
         address: &str,
         expected: Option<u64>,
-    ) -> Result<(Arc<Connection>, Hello, oneshot::Receiver<()>), String> {
+    ) -> Result<(Arc<Connection>, Hello, oneshot::Receiver<()>), Refused> {
         let tcp = TcpStream::connect(address).await.map_err(|e| e.to_string())?;
         tcp.set_nodelay(true).map_err(|e| e.to_string())?;
         // Nodes are known by the identity in their certificates, not by host names.
@@ -153,13 +170,13 @@ impl Peers {
             .await
             .map_err(|e| e.to_string())?;
         let certificate = tls.get_ref().1.peer_certificates().and_then(|c| c.first());
-        let certificate = certificate.ok_or("the peer shows no certificate")?;
+        let certificate = certificate.ok_or_else(|| "the peer shows no certificate".to_string())?;
         let identity = Identity::of(certificate).map_err(|e| e.to_string())?;
         identity
             .check_region(self.tls.identity.region())
             .map_err(|e| e.to_string())?;
         let Identity::Node { name, .. } = &identity else {
-            return Err("the peer is an operator, not a node".into());
+            return Err(Refused::Now("the peer is an operator, not a node".into()));
         };
         let greeting = serde_json::to_vec(&self.hello).map_err(|e| e.to_string())?;
         tokio::io::AsyncWriteExt::write_all(&mut tls, &frame::encode(Kind::Hello, 0, &greeting))
@@ -172,16 +189,16 @@ impl Peers {
             Some(f) if f.kind == Kind::Hello => {
                 serde_json::from_slice(&f.payload).map_err(|e| e.to_string())?
             }
-            _ => return Err("the peer closed the connection before greeting".into()),
+            _ => return Err(Refused::Now("the peer closed the connection before greeting".into())),
         };
         if hello.protocol != PROTOCOL {
-            return Err(format!("the peer speaks protocol {}, this node {PROTOCOL}", hello.protocol));
+            return Err(Refused::Now(format!("the peer speaks protocol {}, this node {PROTOCOL}", hello.protocol)));
         }
         if &hello.name != name {
-            return Err("the peer's name is not its certificate's".into());
+            return Err(Refused::Now("the peer's name is not its certificate's".into()));
         }
         if let Some(expected) = expected.filter(|id| *id != hello.node) {
-            return Err(format!("node {name} is now {:x}, not {expected:x}", hello.node));
+            return Err(Refused::Replaced(format!("node {name} is now {:x}, not {expected:x}", hello.node)));
         }
         let (tell, closed) = oneshot::channel();
         Ok((Connection::start(reader, write, tell), hello, closed))

@@ -43,7 +43,7 @@ pub async fn serve(listener: TcpListener, tls: NodeTls, hello: Hello, handler: A
                 let (tls, hello, handler) = (tls.clone(), hello.clone(), handler.clone());
                 connections.spawn(async move {
                     if let Err(why) = connection(tcp, tls, hello, handler).await {
-                        tracing::warn!(%address, %why, "a peer's connection was refused or lost");
+                        tracing::debug!(%address, %why, "a peer's connection was refused or lost");
                     }
                 });
             }
@@ -63,7 +63,10 @@ async fn connection(tcp: TcpStream, tls: NodeTls, hello: Hello, handler: Arc<dyn
         let certificate = tls.get_ref().1.peer_certificates().and_then(|c| c.first());
         let certificate = certificate.ok_or("the peer shows no certificate")?;
         let identity = Identity::of(certificate).map_err(|e| e.to_string())?;
-        identity.check_region(ours).map_err(|e| e.to_string())?;
+        identity.check_region(ours).map_err(|e| {
+            tracing::error!(peer = %identity.uri(), "a peer of another jurisdiction is refused");
+            e.to_string()
+        })?;
         let Identity::Node { name, .. } = identity else {
             return Err("an operator's certificate is not a node's".to_string());
         };

@@ -1,0 +1,23 @@
+# demo: the main job. test: everything. bench: beside etcd. check: style and licences.
+export CARGO_TARGET_DIR ?= $(HOME)/.cache/holdfast/target
+CARGO = cargo --locked
+
+.PHONY: demo test bench check build setup-build setup-test
+
+setup-build:
+	@tools/setup build
+setup-test:
+	@tools/setup test
+build: setup-build
+	$(CARGO) build --release --workspace
+demo: build
+	$(CARGO_TARGET_DIR)/release/demo
+test: setup-test build
+	$(CARGO) test --release --workspace
+bench: setup-test build
+	$(CARGO_TARGET_DIR)/release/bench
+check: setup-build
+	cargo fmt --all --check
+	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+	@command -v cargo-deny >/dev/null || cargo install --locked --version 0.19.0 cargo-deny
+	cargo deny check

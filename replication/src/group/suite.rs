@@ -1,0 +1,56 @@
+//! openraft's own storage test suite, on the node's log and the state machine.
+
+use std::sync::Arc;
+
+use kms::{Secret, TenantId, TenantKeys};
+use openraft::StorageError;
+use openraft::testing::log::{StoreBuilder, Suite};
+use openraft::type_config::TypeConfigExt;
+use parking_lot::Mutex;
+
+use super::replica::ReplicaDir;
+use super::state_machine::{Replica, StateMachine};
+use super::types::TypeConfig;
+use crate::GroupId;
+use crate::command::EntryCodec;
+use crate::engine::{Budget, Ciphering, Engine};
+use crate::log::{GroupLog, NodeLog};
+use crate::machine::{Machine, Store};
+
+struct Builder;
+
+fn build() -> Result<(tempfile::TempDir, GroupLog, StateMachine), Box<dyn std::error::Error>> {
+    let dir = tempfile::tempdir()?;
+    let id = GroupId {
+        tenant: TenantId([7; 16]),
+        incarnation: 1,
+    };
+    // One key for all: the suite installs one store's snapshot in another.
+    let key = Secret::from_slice(&[9; 32]).ok_or("32 bytes")?;
+    let keys = Arc::new(TenantKeys::new(id.tenant, key.clone(), [(1, key)]));
+    let budget = Budget::new(64 << 20, 8 << 20, Ciphering::Encrypted);
+    let log = NodeLog::open(&dir.path().join("log"))?;
+    let replica = ReplicaDir::open(&dir.path().join("replica"))?;
+    let engine = Engine::open(&replica.engine()?, keys.clone(), &budget)?;
+    let store = Arc::new(Store::open(engine)?);
+    let codec = Arc::new(EntryCodec::new(&keys, id));
+    let machine = Arc::new(Machine::new(store, codec, &keys, id));
+    let replica = Arc::new(Replica {
+        dir: replica,
+        keys,
+        budget,
+        snapshots: Mutex::new(()),
+    });
+    Ok((dir, log.group(id), StateMachine { machine, replica }))
+}
+
+impl StoreBuilder<TypeConfig, GroupLog, StateMachine, tempfile::TempDir> for Builder {
+    async fn build(&self) -> Result<(tempfile::TempDir, GroupLog, StateMachine), StorageError<TypeConfig>> {
+        build().map_err(|e| StorageError::write(TypeConfig::err_from_string(e.to_string())))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn openraft_storage_suite() {
+    Suite::test_all(Builder).await.unwrap();
+}

@@ -1,0 +1,350 @@
+//! A region of daemon processes on loopback, in a directory of its own.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use daemon::admin_client::OperatorConfig;
+use daemon::config::NodeConfig;
+use daemon::dev::{Layout, lay_out};
+use daemon::proto::admin::{CreateTenantRequest, NodeStatusRequest, ShowTenantRequest, Tenant};
+use etcd_client::{Client, ConnectOptions};
+use kms::Region as Jurisdiction;
+use kms::local::Keyfile;
+use replication::archive::bucket::BucketConfig;
+
+pub const PASSWORD: &str = "correct horse";
+
+/// One daemon process.
+pub struct NodeProcess {
+    pub config: NodeConfig,
+    pub file: PathBuf,
+    child: Option<Child>,
+}
+
+impl NodeProcess {
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
+    fn signal(&self, signal: libc::c_int) {
+        if let Some(pid) = self.pid() {
+            // SAFETY: a signal to a child of this process.
+            #[allow(unsafe_code)]
+            unsafe {
+                libc::kill(pid as libc::pid_t, signal);
+            }
+        }
+    }
+
+    /// SIGKILL, and waits for the end.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    pub fn pause(&self) {
+        self.signal(libc::SIGSTOP);
+    }
+
+    pub fn resume(&self) {
+        self.signal(libc::SIGCONT);
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<std::process::ExitStatus> {
+        self.child.as_mut()?.try_wait().ok().flatten()
+    }
+}
+
+/// A region. Dropping it kills its processes and removes its files.
+pub struct Region {
+    pub dir: tempfile::TempDir,
+    pub nodes: Vec<NodeProcess>,
+    /// Set before every start.
+    pub environment: Vec<(String, String)>,
+    /// Put before the daemon's command line, such as `fiu-run -x`.
+    pub wrapper: Vec<String>,
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        for node in &mut self.nodes {
+            node.kill();
+        }
+        if std::thread::panicking() || std::env::var("HOLDFAST_KEEP").is_ok() {
+            let kept = std::env::temp_dir().join(format!("holdfast-failed-{}", std::process::id()));
+            let _ = std::fs::rename(self.dir.path(), &kept);
+            eprintln!("the region's files and logs are kept in {}", kept.display());
+        }
+    }
+}
+
+impl Region {
+    /// Lays out three nodes with a directory as bucket, with keys `acme` and `globex`.
+    pub fn new() -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let url = format!("file://{}", dir.path().join("bucket").display());
+        let bucket = BucketConfig { url, cloud_region: None, endpoint: None };
+        Self::with_bucket(dir, bucket)
+    }
+
+    pub fn with_bucket(dir: tempfile::TempDir, bucket: BucketConfig) -> Result<Self> {
+        let files = lay_out(&Layout {
+            region: Jurisdiction::Eu,
+            dir: dir.path().to_path_buf(),
+            nodes: 3,
+            first_port: 0,
+            bucket,
+        })
+        .map_err(anyhow::Error::msg)?;
+        let keyfile = Keyfile::new(dir.path().join("keys.json"));
+        for key in ["acme", "globex"] {
+            keyfile.add(key)?;
+        }
+        let node = |file: PathBuf| {
+            let config = NodeConfig::load(&file).map_err(anyhow::Error::msg)?;
+            Ok(NodeProcess { config, file, child: None })
+        };
+        Ok(Region {
+            nodes: files.into_iter().map(node).collect::<Result<_>>()?,
+            dir,
+            environment: Vec::new(),
+            wrapper: Vec::new(),
+        })
+    }
+
+    /// Starts all nodes and waits until they serve.
+    pub async fn started() -> Result<Self> {
+        let mut region = Self::new()?;
+        region.start_all()?;
+        region.serving().await?;
+        Ok(region)
+    }
+
+    pub fn keyfile(&self) -> Keyfile {
+        Keyfile::new(self.dir.path().join("keys.json"))
+    }
+
+    pub fn bucket(&self) -> PathBuf {
+        self.dir.path().join("bucket")
+    }
+
+    pub fn start_all(&mut self) -> Result<()> {
+        (0..self.nodes.len()).try_for_each(|n| self.start(n))
+    }
+
+    pub fn start(&mut self, n: usize) -> Result<()> {
+        let log = self.log_file(n);
+        let out = std::fs::OpenOptions::new().create(true).append(true).open(log)?;
+        let node = &mut self.nodes[n];
+        ensure!(node.child.is_none(), "node {n} runs already");
+        let daemon = crate::binary("holdfastd");
+        let mut command = match self.wrapper.split_first() {
+            Some((program, arguments)) => {
+                let mut command = Command::new(program);
+                command.args(arguments).arg(daemon);
+                command
+            }
+            None => Command::new(daemon),
+        };
+        command
+            .args(["run", "--config"])
+            .arg(&node.file)
+            .envs(self.environment.iter().cloned())
+            .stdin(Stdio::null())
+            .stdout(out.try_clone()?)
+            .stderr(out);
+        node.child = Some(command.spawn()?);
+        Ok(())
+    }
+
+    pub fn log_file(&self, n: usize) -> PathBuf {
+        self.dir.path().join(format!("node{}.log", n + 1))
+    }
+
+    pub fn log(&self, n: usize) -> String {
+        std::fs::read_to_string(self.log_file(n)).unwrap_or_default()
+    }
+
+    pub fn kill_all(&mut self) {
+        self.nodes.iter_mut().for_each(NodeProcess::kill);
+    }
+
+    /// Removes every node's data directory: the disks are gone.
+    pub fn lose_disks(&self) -> Result<()> {
+        for node in &self.nodes {
+            std::fs::remove_dir_all(&node.config.data_dir)?;
+        }
+        Ok(())
+    }
+
+    pub fn operator(&self) -> Result<OperatorConfig> {
+        OperatorConfig::load(&self.dir.path().join("operator.toml")).map_err(anyhow::Error::msg)
+    }
+
+    /// State of node `n`, or why it does not answer.
+    pub async fn state(&self, n: usize) -> Result<String> {
+        let address = self.nodes[n].config.admin_address;
+        let mut client = self.operator()?.connect_to(address).await.map_err(anyhow::Error::msg)?;
+        Ok(client.node_status(NodeStatusRequest {}).await?.into_inner().state)
+    }
+
+    /// Waits until every running node serves.
+    pub async fn serving(&mut self) -> Result<()> {
+        self.all_in("serving").await
+    }
+
+    pub async fn all_in(&mut self, wanted: &str) -> Result<()> {
+        for n in 0..self.nodes.len() {
+            if self.nodes[n].child.is_none() {
+                continue;
+            }
+            let deadline = Instant::now() + Duration::from_secs(30);
+            loop {
+                if let Some(status) = self.nodes[n].ended() {
+                    bail!("node {n} ended ({status}):\n{}", tail(&self.log(n)));
+                }
+                let state = self.state(n).await.unwrap_or_else(|e| e.to_string());
+                if state == wanted {
+                    break;
+                }
+                ensure!(Instant::now() < deadline, "node {n} is {state}, not {wanted}:\n{}", tail(&self.log(n)));
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+        Ok(())
+    }
+
+    pub async fn create_tenant(&self, name: &str, tier: &str, rpo_ms: u64, rto_ms: u64) -> Result<()> {
+        self.create_tenant_with(name, tier, rpo_ms, rto_ms, &format!("local:{name}")).await
+    }
+
+    pub async fn create_tenant_with(&self, name: &str, tier: &str, rpo_ms: u64, rto_ms: u64, key: &str) -> Result<()> {
+        let mut client = self.operator()?.connect().await.map_err(anyhow::Error::msg)?;
+        let request = CreateTenantRequest {
+            name: name.into(),
+            tier: tier.into(),
+            rpo_ms,
+            rto_ms,
+            key: key.into(),
+            user: "app".into(),
+            password: PASSWORD.into(),
+            quota_bytes: 0,
+        };
+        client.create_tenant(request).await.map_err(|e| anyhow::anyhow!("{}", e.message()))?;
+        Ok(())
+    }
+
+    /// A tenant as node `n` sees it.
+    pub async fn tenant(&self, n: usize, name: &str) -> Result<Tenant> {
+        let address = self.nodes[n].config.admin_address;
+        let mut client = self.operator()?.connect_to(address).await.map_err(anyhow::Error::msg)?;
+        let request = ShowTenantRequest { name: name.into() };
+        Ok(client.show_tenant(request).await.map_err(|e| anyhow::anyhow!("{}", e.message()))?.into_inner())
+    }
+
+    /// Index of the running node that leads a tenant, once there is one.
+    pub async fn leader(&self, name: &str) -> Result<usize> {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            for n in 0..self.nodes.len() {
+                if self.nodes[n].child.is_some()
+                    && let Ok(Ok(tenant)) = tokio::time::timeout(Duration::from_secs(2), self.tenant(n, name)).await
+                    && tenant.leader == self.nodes[n].config.name
+                {
+                    return Ok(n);
+                }
+            }
+            ensure!(Instant::now() < deadline, "tenant {name} has no leader");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// An etcd client of tenant `name`, logged in at these nodes.
+    pub async fn client_at(&self, name: &str, nodes: &[usize]) -> Result<Client> {
+        let endpoints: Vec<String> = nodes.iter().map(|n| self.nodes[*n].config.client_address.to_string()).collect();
+        connect(&endpoints, name).await
+    }
+
+    pub async fn client(&self, name: &str) -> Result<Client> {
+        self.client_at(name, &[0, 1, 2]).await
+    }
+
+    /// Waits until everything that was acknowledged is in the bucket, and the directory knows it.
+    pub async fn archived(&self, name: &str) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let tenant = self.tenant(self.leader(name).await?, name).await?;
+            if tenant.archived >= tenant.applied {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "tenant {name} is not archived: {} of {}", tenant.archived, tenant.applied);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Runs `holdfast`; answers whether it succeeded, and what it printed.
+    pub async fn holdfast(&self, arguments: &[&str]) -> Result<(bool, String)> {
+        let mut command = tokio::process::Command::new(crate::binary("holdfast"));
+        command.arg("--config").arg(self.dir.path().join("operator.toml")).args(arguments);
+        let out = command.stdin(Stdio::null()).output().await.context("holdfast")?;
+        let printed = [out.stdout, out.stderr].concat();
+        Ok((out.status.success(), String::from_utf8_lossy(&printed).into_owned()))
+    }
+
+    /// Loses every node and every disk, and restores from the bucket.
+    pub async fn lose_and_restore(&mut self) -> Result<(bool, String)> {
+        self.kill_all();
+        self.lose_disks()?;
+        self.start_all()?;
+        self.all_in("awaiting restore").await?;
+        self.holdfast(&["restore", "region"]).await
+    }
+
+    pub fn client_address(&self, n: usize) -> SocketAddr {
+        self.nodes[n].config.client_address
+    }
+}
+
+/// The end of a log.
+pub fn tail(log: &str) -> String {
+    let lines: Vec<&str> = log.lines().collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
+}
+
+/// Logs in as the tenant's first user.
+pub async fn connect(endpoints: &[String], tenant: &str) -> Result<Client> {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let options = ConnectOptions::new()
+            .with_user(format!("app@{tenant}"), PASSWORD)
+            .with_connect_timeout(Duration::from_secs(2))
+            .with_timeout(Duration::from_secs(12));
+        match Client::connect(endpoints, Some(options)).await {
+            Ok(client) => return Ok(client),
+            Err(e) if Instant::now() >= deadline => return Err(e).context("logging in"),
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
+}
+
+/// Every file below `dir`.
+pub fn files_below(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut open = vec![dir.to_path_buf()];
+    while let Some(dir) = open.pop() {
+        for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+            let path = entry.path();
+            match path.is_dir() {
+                true => open.push(path),
+                false => found.push(path),
+            }
+        }
+    }
+    found
+}

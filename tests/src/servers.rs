@@ -1,0 +1,184 @@
+//! Real servers that tests start: MinIO, LocalStack, SeaweedFS, etcd. One that cannot be had fails
+//! the test that needs it, by name.
+
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use object_store::ObjectStore;
+use object_store::aws::AmazonS3Builder;
+
+pub const USER: &str = "holdfast";
+pub const SECRET: &str = "holdfast-secret";
+pub const CLOUD_REGION: &str = "eu-central-1";
+
+/// A running server; dropped, it is killed.
+pub struct Server {
+    child: Child,
+    pub endpoint: String,
+    pub dir: tempfile::TempDir,
+}
+
+impl Server {
+    /// Signals the whole process group: LocalStack's supervisor has children.
+    fn signal(&self, signal: libc::c_int) {
+        // SAFETY: a signal to a group that this process made.
+        #[allow(unsafe_code)]
+        unsafe {
+            libc::kill(-(self.child.id() as libc::pid_t), signal);
+        }
+    }
+
+    /// Answers nothing until `resume`.
+    pub fn pause(&self) {
+        self.signal(libc::SIGSTOP);
+    }
+
+    pub fn resume(&self) {
+        self.signal(libc::SIGCONT);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.signal(libc::SIGKILL);
+        let _ = self.child.wait();
+    }
+}
+
+pub fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+pub fn tool(name: &str) -> Result<PathBuf> {
+    let root = std::env::var("HOLDFAST_TOOLS")
+        .unwrap_or_else(|_| format!("{}/.cache/holdfast/tools", std::env::var("HOME").unwrap_or_default()));
+    let path = Path::new(&root).join("bin").join(name);
+    ensure!(path.exists(), "{name} cannot be had: {} does not exist; run tools/setup test", path.display());
+    Ok(path)
+}
+
+fn spawn(mut command: Command, dir: &tempfile::TempDir) -> Result<Child> {
+    use std::os::unix::process::CommandExt;
+    let out = std::fs::File::create(dir.path().join("server.log"))?;
+    command.process_group(0);
+    command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
+    Ok(command.spawn()?)
+}
+
+async fn listening(server: &mut Server, port: u16, within: Duration) -> Result<()> {
+    let deadline = Instant::now() + within;
+    while tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_err() {
+        let ended = server.child.try_wait()?;
+        let log = std::fs::read_to_string(server.dir.path().join("server.log")).unwrap_or_default();
+        ensure!(ended.is_none() && Instant::now() < deadline, "the server does not listen: {ended:?}\n{log}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    Ok(())
+}
+
+pub async fn minio() -> Result<Server> {
+    let (dir, port, console) = (tempfile::tempdir()?, free_port()?, free_port()?);
+    let mut command = Command::new(tool("minio")?);
+    command
+        .args(["server", "--quiet", "--address", &format!("127.0.0.1:{port}"), "--console-address", &format!("127.0.0.1:{console}")])
+        .arg(dir.path().join("data"))
+        .envs([("MINIO_ROOT_USER", USER), ("MINIO_ROOT_PASSWORD", SECRET), ("MINIO_REGION", CLOUD_REGION)]);
+    let child = spawn(command, &dir)?;
+    let mut server = Server { child, endpoint: format!("http://127.0.0.1:{port}"), dir };
+    listening(&mut server, port, Duration::from_secs(30)).await.context("MinIO")?;
+    Ok(server)
+}
+
+pub async fn seaweedfs() -> Result<Server> {
+    let (dir, port) = (tempfile::tempdir()?, free_port()?);
+    std::fs::create_dir(dir.path().join("data"))?;
+    let mut command = Command::new(tool("weed")?);
+    command
+        .arg("mini")
+        .arg(format!("-dir={}", dir.path().join("data").display()))
+        .args(["-ip=127.0.0.1", "-ip.bind=127.0.0.1", &format!("-s3.port={port}")])
+        .args([format!("-master.port={}", free_port()?), format!("-volume.port={}", free_port()?), format!("-filer.port={}", free_port()?)])
+        .envs([("AWS_ACCESS_KEY_ID", USER), ("AWS_SECRET_ACCESS_KEY", SECRET)]);
+    let child = spawn(command, &dir)?;
+    let mut server = Server { child, endpoint: format!("http://127.0.0.1:{port}"), dir };
+    listening(&mut server, port, Duration::from_secs(60)).await.context("SeaweedFS")?;
+    Ok(server)
+}
+
+/// LocalStack with S3 and KMS.
+pub async fn localstack() -> Result<Server> {
+    let (dir, port) = (tempfile::tempdir()?, free_port()?);
+    let mut command = Command::new(tool("localstack-supervisor")?);
+    command.envs([
+        ("SERVICES", "s3,kms".to_string()),
+        ("GATEWAY_LISTEN", format!("127.0.0.1:{port}")),
+        ("EAGER_SERVICE_LOADING", "1".into()),
+        ("LOCALSTACK_VOLUME_DIR", dir.path().join("volume").display().to_string()),
+        ("TMPDIR", dir.path().display().to_string()),
+        ("DNS_ADDRESS", "0".into()),
+        ("DISABLE_EVENTS", "1".into()),
+        ("SKIP_SSL_CERT_DOWNLOAD", "1".into()),
+    ]);
+    let child = spawn(command, &dir)?;
+    let mut server = Server { child, endpoint: format!("http://127.0.0.1:{port}"), dir };
+    listening(&mut server, port, Duration::from_secs(120)).await.context("LocalStack")?;
+    Ok(server)
+}
+
+/// One etcd.
+pub async fn etcd() -> Result<Server> {
+    let (dir, port, peer) = (tempfile::tempdir()?, free_port()?, free_port()?);
+    let url = format!("http://127.0.0.1:{port}");
+    let peer = format!("http://127.0.0.1:{peer}");
+    let mut command = Command::new(tool("etcd")?);
+    command
+        .arg("--data-dir")
+        .arg(dir.path().join("data"))
+        .args(["--name", "one", "--listen-client-urls", &url, "--advertise-client-urls", &url])
+        .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer, "--initial-cluster", &format!("one={peer}")]);
+    let child = spawn(command, &dir)?;
+    let mut server = Server { child, endpoint: url, dir };
+    listening(&mut server, port, Duration::from_secs(30)).await.context("etcd")?;
+    Ok(server)
+}
+
+/// Credentials for daemons that use these servers.
+pub fn credentials() -> Vec<(String, String)> {
+    vec![("AWS_ACCESS_KEY_ID".into(), USER.into()), ("AWS_SECRET_ACCESS_KEY".into(), SECRET.into())]
+}
+
+pub fn s3(endpoint: &str, bucket: &str) -> Result<impl ObjectStore> {
+    Ok(AmazonS3Builder::new()
+        .with_endpoint(endpoint)
+        .with_allow_http(true)
+        .with_region(CLOUD_REGION)
+        .with_bucket_name(bucket)
+        .with_access_key_id(USER)
+        .with_secret_access_key(SECRET)
+        .build()?)
+}
+
+/// Makes a bucket with a signed request, retrying while the server is starting.
+pub async fn make_bucket(endpoint: &str, bucket: &str) -> Result<()> {
+    let body = format!(
+        "<CreateBucketConfiguration xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><LocationConstraint>{CLOUD_REGION}</LocationConstraint></CreateBucketConfiguration>"
+    );
+    let deadline = Instant::now() + Duration::from_secs(90);
+    loop {
+        let out = tokio::process::Command::new("curl")
+            .args(["-sS", "-o", "/dev/null", "-w", "%{http_code}", "-X", "PUT", "--max-time", "20"])
+            .args(["--aws-sigv4", &format!("aws:amz:{CLOUD_REGION}:s3"), "--user", &format!("{USER}:{SECRET}")])
+            .args(["--data-binary", &body, &format!("{endpoint}/{bucket}")])
+            .output()
+            .await?;
+        let code = String::from_utf8_lossy(&out.stdout).into_owned();
+        if code == "200" {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "bucket {bucket} cannot be made: {code} {}", String::from_utf8_lossy(&out.stderr));
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+}
