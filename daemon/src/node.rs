@@ -395,9 +395,27 @@ impl Node {
         self.spawn(async move { controller::keep_members(third).await });
         let own = self.clone();
         self.spawn(async move { controller::compare_digests(own).await });
-        *self.state.write() = NodeState::Serving;
-        self.changed.notify_waiters();
+        let own = self.clone();
+        self.spawn(async move { own.serve_when_current().await });
         Ok(())
+    }
+
+    /// Serves once this node's replica of the directory votes and is up to date: what it does not
+    /// hold then does not exist.
+    async fn serve_when_current(&self) {
+        let Some(directory) = self.directory() else {
+            return;
+        };
+        let group = directory.group();
+        loop {
+            let votes = group.status().voters.contains(&self.id);
+            if votes && group.read_barrier().await.is_ok() {
+                *self.state.write() = NodeState::Serving;
+                self.changed.notify_waiters();
+                return;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     /// Registers this node, here or through a peer that can.

@@ -147,8 +147,9 @@ impl Keyfile {
 
 /// Writes `bytes` to `path` with mode 0600, through a synced temporary file and a rename.
 pub fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let temporary = path.with_extension("tmp");
-    let _ = fs::remove_file(&temporary);
+    // A name of its own: two writers of one file do not meet in the temporary one.
+    let tag = hex::encode(random_bytes::<4>());
+    let temporary = path.with_extension(format!("{tag}.tmp"));
     let mut out = fs::OpenOptions::new()
         .write(true)
         .create_new(true)

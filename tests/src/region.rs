@@ -303,7 +303,10 @@ impl Region {
         self.lose_disks()?;
         self.start_all()?;
         self.all_in("awaiting restore").await?;
-        self.holdfast(&["restore", "region"]).await
+        let restored = self.holdfast(&["restore", "region"]).await?;
+        // The other nodes join what was restored onto the first.
+        self.serving().await?;
+        Ok(restored)
     }
 
     pub fn client_address(&self, n: usize) -> SocketAddr {

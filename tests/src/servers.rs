@@ -171,6 +171,7 @@ pub async fn make_bucket(endpoint: &str, bucket: &str) -> Result<()> {
         let out = tokio::process::Command::new("curl")
             .args(["-sS", "-o", "/dev/null", "-w", "%{http_code}", "-X", "PUT", "--max-time", "20"])
             .args(["--aws-sigv4", &format!("aws:amz:{CLOUD_REGION}:s3"), "--user", &format!("{USER}:{SECRET}")])
+            .args(["-H", "x-amz-content-sha256: UNSIGNED-PAYLOAD"])
             .args(["--data-binary", &body, &format!("{endpoint}/{bucket}")])
             .output()
             .await?;

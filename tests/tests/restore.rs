@@ -165,6 +165,7 @@ async fn an_old_region_that_still_runs_is_fenced() -> Result<()> {
     new.all_in("awaiting restore").await?;
     let (ok, table) = new.holdfast(&["restore", "region"]).await?;
     ensure!(ok, "{table}");
+    new.serving().await?;
     // The old leader meets the closed chain when it looks or writes next.
     let deadline = Instant::now() + Duration::from_secs(30);
     while old.put("too", "late", None).await.is_ok() {

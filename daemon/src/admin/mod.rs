@@ -151,6 +151,7 @@ impl AdminService {
             fingerprint: wrapped.fingerprint.clone(),
             quota_bytes: if request.quota_bytes == 0 { limits::DEFAULT_QUOTA } else { request.quota_bytes },
             placement,
+            formed: false,
         };
         directory.put_tenant(&record, 0).await.map_err(|e| Status::aborted(e.to_string()))?;
         let tenant = self.opened(&request.name).await?;
@@ -169,7 +170,18 @@ impl AdminService {
             ..Command::default()
         };
         group.propose(vec![command]).await.map_err(|e| Status::unavailable(format!("the first user: {e}")))?;
+        self.formed(&directory, record).await?;
         Ok(self.message(&tenant))
+    }
+
+    /// Records that the tenant's group was formed.
+    async fn formed(&self, directory: &crate::directory::Directory, mut record: TenantRecord) -> Result<(), Status> {
+        record.formed = true;
+        // This node's replica of the directory may be a moment behind the leader's.
+        directory.group().read_barrier().await.map_err(|e| Status::unavailable(e.to_string()))?;
+        let known = directory.tenants().map_err(|e| Status::unavailable(e.to_string()))?;
+        let modified = known.iter().find(|t| t.record.id == record.id).map_or(0, |t| t.modified);
+        directory.put_tenant(&record, modified).await.map_err(|e| Status::aborted(e.to_string()))
     }
 
     /// Places a tenant; nodes of a region that was just founded may still be registering.

@@ -27,6 +27,11 @@ pub async fn open_tenants(node: Arc<Node>) {
         match directory.tenants() {
             Ok(found) => {
                 for found in found {
+                    // A restore opens what it has restored; nothing else is there yet.
+                    let restoring = node.restoring.try_lock().is_err();
+                    if restoring && node.parts.groups.get(found.record.group()).is_none() {
+                        continue;
+                    }
                     let (tenant, fresh) = node.tenants.note(found.record);
                     if fresh {
                         let own = node.clone();
@@ -52,11 +57,14 @@ async fn open_tenant(node: Arc<Node>, tenant: Arc<Tenant>) {
     let mut told = String::new();
     while tenant.record().group() == id {
         match open_group(&node, &record).await {
-            Ok(group) => {
+            Ok(group) if tenant.record().group() == id => {
+                drop_older(&node, id).await;
                 tracing::info!(tenant = %record.id, incarnation = record.incarnation, "tenant is open");
                 tenant.set_group(Ok(group));
                 return;
             }
+            // Another incarnation began meanwhile, and is being opened.
+            Ok(_) => return,
             Err(why) => {
                 if why != told {
                     tracing::error!(tenant = %record.id, %why, "tenant cannot be opened; it is tried again");
@@ -64,6 +72,21 @@ async fn open_tenant(node: Arc<Node>, tenant: Arc<Tenant>) {
                 }
                 tenant.set_group(Err(why));
                 tokio::time::sleep(RETRY).await;
+            }
+        }
+    }
+}
+
+/// Removes what this node holds of incarnations before `id`: nothing refers to them any more.
+async fn drop_older(node: &Node, id: replication::GroupId) {
+    for group in node.parts.groups.all() {
+        let old = group.id();
+        if old.tenant == id.tenant && old.incarnation < id.incarnation {
+            node.parts.groups.remove(old);
+            group.shutdown().await;
+            node.parts.log.drop_group(old);
+            if let Err(e) = std::fs::remove_dir_all(node.parts.replica_dir(old)) {
+                tracing::warn!(group = %old, error = %e, "a replica's directory is not removed");
             }
         }
     }
@@ -80,7 +103,7 @@ async fn open_group(node: &Arc<Node>, record: &TenantRecord) -> Result<Arc<Group
     let known = node.parts.log.contains(id);
     let group = node.parts.open(id, rpo, Some(key), node.report(), majority).await?;
     let first = record.placement.first() == Some(&node.config.name);
-    if first && record.incarnation == 1 && !known {
+    if first && !record.formed && !known {
         let directory = node.directory().ok_or("there is no directory")?;
         let nodes = placed(&directory, record)?;
         let members = nodes.into_iter().map(|n| (n.id, n.peer_address)).collect();

@@ -64,8 +64,11 @@ pub struct TenantRecord {
     pub generation: u32,
     pub fingerprint: String,
     pub quota_bytes: u64,
-    /// Names of the nodes that hold a replica, one a zone. The first forms the group.
+    /// Names of the nodes that hold a replica, one a zone. The first forms the group, once.
     pub placement: Vec<String>,
+    /// The group was formed. It is never formed again: on empty disks that would be an empty
+    /// tenant in the place of one that has to be restored.
+    pub formed: bool,
 }
 
 impl TenantRecord {

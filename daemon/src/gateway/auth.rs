@@ -105,12 +105,25 @@ impl Gateway {
         Ok(session)
     }
 
+    fn tenant(&self, name: &str) -> Option<Arc<Tenant>> {
+        self.node.tenants.get(name)
+    }
+
+    /// A tenant that this node does not know: only a node that is up to date may say that there is
+    /// none.
+    fn unknown_tenant(&self, none: Status) -> Status {
+        match *self.node.state.read() {
+            crate::node::NodeState::Serving => none,
+            state => Status::unavailable(format!("etcdserver: no leader (holdfast: this node is {})", state.name())),
+        }
+    }
+
     fn check_token(&self, token: &str) -> Result<Arc<Session>, Status> {
         let parts: Vec<&str> = token.split('.').collect();
         let [name, user, auth_revision, expires, tag] = parts[..] else {
             return Err(invalid_token());
         };
-        let tenant = self.node.tenants.get(name).ok_or_else(invalid_token)?;
+        let tenant = self.tenant(name).ok_or_else(|| self.unknown_tenant(invalid_token()))?;
         let group = tenant.group().map_err(|_| Status::unavailable("etcdserver: no leader"))?;
         let text = &token[..token.len() - tag.len() - 1];
         let tag = hex::decode(tag).map_err(|_| invalid_token())?;
@@ -171,7 +184,7 @@ impl Auth for AuthService {
             }
             None => tenant,
         };
-        let tenant = node.tenants.get(tenant).ok_or_else(wrong_login)?;
+        let tenant = self.0.tenant(tenant).ok_or_else(|| self.0.unknown_tenant(wrong_login()))?;
         let group = tenant
             .group()
             .map_err(|why| Status::unavailable(format!("etcdserver: no leader (holdfast: {why})")))?;
