@@ -39,28 +39,71 @@ fn step(value: Option<u64>, operation: &Operation) -> Option<Option<u64>> {
     }
 }
 
+/// Where a search stands: known calls before `first` are done, and those in `beyond`.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Point {
+    first: usize,
+    beyond: Vec<usize>,
+    /// Calls of unknown outcome that have happened, a bit each.
+    unknown: u128,
+    value: Option<u64>,
+}
+
 /// Whether the history of one key, empty at first, is linearizable.
+///
+/// # Panics
+/// With more than 128 calls of unknown outcome.
 pub fn check(history: &[Call]) -> bool {
-    let mut calls: Vec<&Call> = history.iter().collect();
-    calls.sort_by_key(|c| c.start);
-    let mut seen = HashSet::new();
-    // Depth first: which calls are done, and the value after them.
-    let mut open: Vec<(Vec<bool>, Option<u64>)> = vec![(vec![false; calls.len()], None)];
-    while let Some((done, value)) = open.pop() {
-        let required = calls.iter().zip(&done).filter(|(c, d)| !**d && c.end.is_some());
-        let Some(first_end) = required.filter_map(|(c, _)| c.end).min() else {
+    let mut known: Vec<&Call> = history.iter().filter(|c| c.end.is_some()).collect();
+    known.sort_by_key(|c| c.start);
+    let unknown: Vec<&Call> = history.iter().filter(|c| c.end.is_none()).collect();
+    assert!(unknown.len() <= 128, "{} calls of unknown outcome", unknown.len());
+    let begin = Point { first: 0, beyond: Vec::new(), unknown: 0, value: None };
+    let mut seen = HashSet::from([begin.clone()]);
+    let mut open = vec![begin];
+    while let Some(at) = open.pop() {
+        if at.first == known.len() {
             return true;
-        };
-        for (n, call) in calls.iter().enumerate() {
-            if done[n] || call.start > first_end {
+        }
+        // Whatever comes next began before the first of the others ended.
+        let mut limit = u64::MAX;
+        let mut candidates = Vec::new();
+        for (n, call) in known.iter().enumerate().skip(at.first) {
+            if call.start > limit {
+                break;
+            }
+            if !at.beyond.contains(&n) {
+                limit = limit.min(call.end.unwrap_or(u64::MAX));
+                candidates.push(n);
+            }
+        }
+        // Explored last in, first out: what nobody may have seen comes last.
+        for (n, call) in unknown.iter().enumerate() {
+            if at.unknown & (1 << n) == 0
+                && call.start <= limit
+                && let Some(value) = step(at.value, &call.operation)
+            {
+                let next = Point { unknown: at.unknown | (1 << n), value, ..at.clone() };
+                if seen.insert(next.clone()) {
+                    open.push(next);
+                }
+            }
+        }
+        for n in candidates.into_iter().rev() {
+            let call = known[n];
+            if call.start > limit {
                 continue;
             }
-            if let Some(next) = step(value, &call.operation) {
-                let mut done = done.clone();
-                done[n] = true;
-                if seen.insert((done.clone(), next)) {
-                    open.push((done, next));
-                }
+            let Some(value) = step(at.value, &call.operation) else { continue };
+            let mut next = Point { value, ..at.clone() };
+            next.beyond.push(n);
+            next.beyond.sort_unstable();
+            while next.beyond.first() == Some(&next.first) {
+                next.beyond.remove(0);
+                next.first += 1;
+            }
+            if seen.insert(next.clone()) {
+                open.push(next);
             }
         }
     }

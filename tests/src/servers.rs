@@ -183,3 +183,55 @@ pub async fn make_bucket(endpoint: &str, bucket: &str) -> Result<()> {
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
 }
+
+/// Three etcds that are one cluster.
+pub struct EtcdCluster {
+    members: Vec<Server>,
+}
+
+impl EtcdCluster {
+    pub fn pids(&self) -> Vec<u32> {
+        self.members.iter().map(|m| m.child.id()).collect()
+    }
+
+    /// The endpoint of the leader.
+    pub async fn leader(&self) -> Result<String> {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            for member in &self.members {
+                if let Ok(mut client) = etcd_client::Client::connect([&member.endpoint], None).await
+                    && let Ok(status) = client.status().await
+                    && status.leader() != 0
+                    && status.header().is_some_and(|h| h.member_id() == status.leader())
+                {
+                    return Ok(member.endpoint.clone());
+                }
+            }
+            ensure!(Instant::now() < deadline, "etcd has no leader");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+}
+
+pub async fn etcd_cluster() -> Result<EtcdCluster> {
+    let ports: Vec<(u16, u16)> = (0..3).map(|_| Ok((free_port()?, free_port()?))).collect::<Result<_>>()?;
+    let peers: Vec<String> = ports.iter().enumerate().map(|(n, p)| format!("e{n}=http://127.0.0.1:{}", p.1)).collect();
+    let mut members = Vec::new();
+    for (n, (port, peer)) in ports.iter().enumerate() {
+        let dir = tempfile::tempdir()?;
+        let (url, peer) = (format!("http://127.0.0.1:{port}"), format!("http://127.0.0.1:{peer}"));
+        let mut command = Command::new(tool("etcd")?);
+        command
+            .arg("--data-dir")
+            .arg(dir.path().join("data"))
+            .args(["--name", &format!("e{n}"), "--listen-client-urls", &url, "--advertise-client-urls", &url])
+            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+            .args(["--initial-cluster", &peers.join(","), "--quota-backend-bytes", "8589934592"]);
+        let child = spawn(command, &dir)?;
+        members.push(Server { child, endpoint: url, dir });
+    }
+    for (member, (port, _)) in members.iter_mut().zip(&ports) {
+        listening(member, *port, Duration::from_secs(30)).await.context("etcd")?;
+    }
+    Ok(EtcdCluster { members })
+}

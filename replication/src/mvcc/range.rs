@@ -50,7 +50,9 @@ pub fn range(view: &View<'_>, bounds: Bounds, request: &RangeRequest) -> Result<
         (_, SortOrder::None) => SortOrder::Ascend,
         (_, order) => order,
     };
-    let whole = filtered || order != SortOrder::None;
+    // As etcd: with order NONE and another target than the key, what the limit lets through in key
+    // order is sorted, not the whole range.
+    let whole = filtered || request.sort_order() != SortOrder::None;
     let fetch = match (request.count_only, whole, limit) {
         (true, ..) => 1,
         (_, true, _) | (_, _, 0) => 0,
