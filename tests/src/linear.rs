@@ -49,11 +49,30 @@ struct Point {
     value: Option<u64>,
 }
 
-/// Whether the history of one key, empty at first, is linearizable.
+/// Whether the history of one key, empty at first, is linearizable. Values are written once.
 ///
 /// # Panics
 /// With more than 128 calls of unknown outcome.
 pub fn check(history: &[Call]) -> bool {
+    // A call of unknown outcome whose value nobody saw need not have happened: most histories are
+    // explained without those, and the search is much shorter.
+    let seen: HashSet<u64> = history
+        .iter()
+        .filter_map(|c| match c.operation {
+            Operation::Read(value) => value,
+            Operation::Swap(expected, _, _) => expected,
+            _ => None,
+        })
+        .collect();
+    let needed = |c: &&Call| match c.operation {
+        Operation::Put(value) | Operation::Swap(_, value, _) => c.end.is_some() || seen.contains(&value),
+        _ => true,
+    };
+    let short: Vec<Call> = history.iter().filter(needed).cloned().collect();
+    search(&short) || (short.len() < history.len() && search(history))
+}
+
+fn search(history: &[Call]) -> bool {
     let mut known: Vec<&Call> = history.iter().filter(|c| c.end.is_some()).collect();
     known.sort_by_key(|c| c.start);
     let unknown: Vec<&Call> = history.iter().filter(|c| c.end.is_none()).collect();

@@ -63,7 +63,7 @@ async fn work(mut client: Client, clock: Arc<AtomicU64>, next: Arc<AtomicU64>, s
         let call = Call { start, end: known.then_some(end), operation };
         histories[n].lock().push(call);
         // Bounds how many calls overlap, and with them the check.
-        tokio::time::sleep(Duration::from_millis(if known { 15 } else { 150 })).await;
+        tokio::time::sleep(Duration::from_millis(if known { 40 } else { 200 })).await;
     }
 }
 
@@ -107,6 +107,9 @@ async fn histories_are_linearizable_through_kills_and_pauses() -> Result<()> {
         history.sort_by_key(|c| c.start);
         if let Some(read) = history.iter_mut().find(|c| matches!(c.operation, Operation::Read(_))) {
             read.operation = Operation::Read(Some(u64::MAX));
+            let end = read.end;
+            // What came later explains nothing.
+            history.retain(|c| Some(c.start) < end);
             ensure!(!check(&history), "register/{n}: a falsified read was not found");
         }
     }

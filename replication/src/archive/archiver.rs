@@ -48,14 +48,16 @@ pub async fn run(group: Arc<Group>, chain: Chain, rpo: Duration, report: Report)
         report,
     };
     let mut retry = MIN_RETRY;
+    // One receiver for all rounds: a fresh one has seen nothing, and would not wait.
+    let mut metrics = group.shared().raft.metrics();
     loop {
         if group.is_fenced() {
             return;
         }
         if !group.is_leader() {
-            let mut metrics = group.shared().raft.metrics();
-            let changed = metrics.changed();
-            let _ = tokio::time::timeout(Duration::from_millis(500), changed).await;
+            if metrics.changed().await.is_err() {
+                return;
+            }
             continue;
         }
         match archiver.lead(&group, &mut retry).await {
@@ -171,7 +173,14 @@ impl Archiver {
             },
         })?;
         let Some((last, _)) = read.last() else {
-            return Ok(0);
+            let missing = std::io::Error::other("entries that are not archived are not in the log");
+            return Err(ChainError::Store {
+                object: format!("the node's log at {start}"),
+                cause: object_store::Error::Generic {
+                    store: "local disk",
+                    source: Box::new(missing),
+                },
+            });
         };
         let last = *last;
         let entries: Vec<_> = read.into_iter().map(|(_, bytes)| bytes).collect();
