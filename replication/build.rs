@@ -11,9 +11,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ],
         ["../proto"],
     )?;
-    prost_build::Config::new()
-        .bytes(["."])
-        .compile_fds(fds)?;
+    prost_build::Config::new().bytes(["."]).compile_fds(fds)?;
 
     println!("cargo:rerun-if-changed=src/engine/env.cc");
     let rocksdb = PathBuf::from(std::env::var("DEP_ROCKSDB_CARGO_MANIFEST_DIR")?).join("rocksdb");

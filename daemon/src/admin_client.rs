@@ -43,25 +43,32 @@ impl OperatorConfig {
     }
 
     pub async fn connect_to(&self, address: SocketAddr) -> Result<AdminClient<Channel>, String> {
-        let tls = NodeTls::load(&self.ca, &self.cert, &self.key, &[b"h2"]).map_err(|e| e.to_string())?;
+        let tls =
+            NodeTls::load(&self.ca, &self.cert, &self.key, &[b"h2"]).map_err(|e| e.to_string())?;
         let config = tls.client;
         let connector = tower::service_fn(move |_: http::Uri| {
             let config = config.clone();
             async move {
                 let tcp = TcpStream::connect(address).await?;
                 tcp.set_nodelay(true)?;
-                let name = ServerName::try_from("holdfast.internal").map_err(std::io::Error::other)?;
-                let tls = tokio_rustls::TlsConnector::from(config).connect(name, tcp).await?;
+                let name =
+                    ServerName::try_from("holdfast.internal").map_err(std::io::Error::other)?;
+                let tls = tokio_rustls::TlsConnector::from(config)
+                    .connect(name, tcp)
+                    .await?;
                 Ok::<_, std::io::Error>(TokioIo::new(tls))
             }
         });
         let endpoint = Endpoint::from_shared(format!("http://{address}"))
             .map_err(|e| e.to_string())?
             .connect_timeout(Duration::from_secs(3));
-        let channel = endpoint.connect_with_connector(connector).await.map_err(|e| {
-            let cause = std::error::Error::source(&e).map(ToString::to_string);
-            cause.unwrap_or_else(|| e.to_string())
-        })?;
+        let channel = endpoint
+            .connect_with_connector(connector)
+            .await
+            .map_err(|e| {
+                let cause = std::error::Error::source(&e).map(ToString::to_string);
+                cause.unwrap_or_else(|| e.to_string())
+            })?;
         Ok(AdminClient::new(channel))
     }
 }

@@ -84,7 +84,8 @@ pub struct LogConfig {
 impl NodeConfig {
     pub fn load(path: &Path) -> Result<Self, String> {
         let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
-        let config: NodeConfig = toml::from_str(&text).map_err(|e| format!("{}: {e}", path.display()))?;
+        let config: NodeConfig =
+            toml::from_str(&text).map_err(|e| format!("{}: {e}", path.display()))?;
         let problems = config.problems();
         if problems.is_empty() {
             return Ok(config);
@@ -96,22 +97,40 @@ impl NodeConfig {
     pub fn problems(&self) -> Vec<String> {
         let mut found = Vec::new();
         for (what, name) in [("name", &self.name), ("zone", &self.zone)] {
-            let plain = name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
+            let plain = name
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
             if name.is_empty() || name.len() > crate::limits::MAX_NAME || !plain {
-                found.push(format!("{what} \"{name}\": use 1 to 63 letters, digits, '-' or '_'"));
+                found.push(format!(
+                    "{what} \"{name}\": use 1 to 63 letters, digits, '-' or '_'"
+                ));
             }
         }
         if self.peers.len() < 3 {
-            found.push(format!("peers: {} are named; a region needs three nodes in three zones", self.peers.len()));
+            found.push(format!(
+                "peers: {} are named; a region needs three nodes in three zones",
+                self.peers.len()
+            ));
         }
         if !self.peers.contains(&self.peer_address) {
-            found.push(format!("peers: this node's own peer_address {} is not among them", self.peer_address));
+            found.push(format!(
+                "peers: this node's own peer_address {} is not among them",
+                self.peer_address
+            ));
         }
         match self.region_key.parse::<kms::KeyUri>() {
-            Ok(key) => found.extend(key.check_jurisdiction(self.region).err().map(|e| format!("region_key: {e}"))),
+            Ok(key) => found.extend(
+                key.check_jurisdiction(self.region)
+                    .err()
+                    .map(|e| format!("region_key: {e}")),
+            ),
             Err(e) => found.push(format!("region_key: {e}")),
         }
-        let mut files = vec![("tls.ca", &self.tls.ca), ("tls.cert", &self.tls.cert), ("tls.key", &self.tls.key)];
+        let mut files = vec![
+            ("tls.ca", &self.tls.ca),
+            ("tls.cert", &self.tls.cert),
+            ("tls.key", &self.tls.key),
+        ];
         if let Some(tls) = &self.client_tls {
             files.extend([("client_tls.cert", &tls.cert), ("client_tls.key", &tls.key)]);
         }
@@ -121,7 +140,10 @@ impl NodeConfig {
             }
         }
         if self.bucket.url.starts_with("s3:") && self.bucket.cloud_region.is_none() {
-            found.push("bucket.cloud_region: an s3 bucket needs it, to be checked against the region".into());
+            found.push(
+                "bucket.cloud_region: an s3 bucket needs it, to be checked against the region"
+                    .into(),
+            );
         }
         if let Some(cloud) = &self.bucket.cloud_region {
             found.extend(self.region.admits("bucket", cloud).err());
@@ -138,7 +160,11 @@ impl NodeConfig {
     }
 
     pub fn client_url(&self) -> String {
-        let scheme = if self.client_tls.is_some() { "https" } else { "http" };
+        let scheme = if self.client_tls.is_some() {
+            "https"
+        } else {
+            "http"
+        };
         self.client_url
             .clone()
             .unwrap_or_else(|| format!("{scheme}://{}", self.client_address))

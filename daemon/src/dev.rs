@@ -27,7 +27,9 @@ fn free_ports(count: usize) -> std::io::Result<Vec<u16>> {
     let held: Vec<TcpListener> = (0..count)
         .map(|_| TcpListener::bind("127.0.0.1:0"))
         .collect::<std::io::Result<_>>()?;
-    held.iter().map(|l| l.local_addr().map(|a| a.port())).collect()
+    held.iter()
+        .map(|l| l.local_addr().map(|a| a.port()))
+        .collect()
 }
 
 /// Writes certificates, a keyfile with the region's key and a node.toml for each node; answers the
@@ -42,9 +44,16 @@ pub fn lay_out(layout: &Layout) -> Result<Vec<PathBuf>, String> {
         first => (0..3 * layout.nodes as u16).map(|n| first + n).collect(),
     };
     let address = |n: usize| SocketAddr::from(([127, 0, 0, 1], ports[n]));
-    let peers: Vec<SocketAddr> = (0..layout.nodes).map(|n| address(layout.nodes + n)).collect();
+    let peers: Vec<SocketAddr> = (0..layout.nodes)
+        .map(|n| address(layout.nodes + n))
+        .collect();
     let authority = pki::Authority::create(&dir.join("ca.pem"), &dir.join("ca-key.pem"), region)?;
-    authority.operator(region, "admin", &dir.join("operator.pem"), &dir.join("operator-key.pem"))?;
+    authority.operator(
+        region,
+        "admin",
+        &dir.join("operator.pem"),
+        &dir.join("operator-key.pem"),
+    )?;
     let keyfile = Keyfile::new(dir.join("keys.json"));
     keyfile.add("region").map_err(|e| text(&e))?;
     let mut files = Vec::new();
@@ -85,7 +94,12 @@ pub fn lay_out(layout: &Layout) -> Result<Vec<PathBuf>, String> {
         kms::local::write_private(&file, toml.as_bytes()).map_err(|e| text(&e))?;
         files.push(file);
     }
-    write_operator(&dir, (0..layout.nodes).map(|n| address(2 * layout.nodes + n)).collect())?;
+    write_operator(
+        &dir,
+        (0..layout.nodes)
+            .map(|n| address(2 * layout.nodes + n))
+            .collect(),
+    )?;
     Ok(files)
 }
 
@@ -98,7 +112,8 @@ fn write_operator(dir: &Path, admin: Vec<SocketAddr>) -> Result<(), String> {
         key: dir.join("operator-key.pem"),
     };
     let toml = toml::to_string(&config).map_err(|e| e.to_string())?;
-    kms::local::write_private(&dir.join("operator.toml"), toml.as_bytes()).map_err(|e| e.to_string())
+    kms::local::write_private(&dir.join("operator.toml"), toml.as_bytes())
+        .map_err(|e| e.to_string())
 }
 
 /// Starts every node of a laid-out region in this process.

@@ -97,7 +97,12 @@ async fn run_dev(dir: Option<PathBuf>, port: u16) -> Result<(), String> {
         true => dev::lay_out(&Layout {
             region: Region::Eu,
             bucket: BucketConfig {
-                url: format!("file://{}", std::path::absolute(dir.join("bucket")).map_err(|e| e.to_string())?.display()),
+                url: format!(
+                    "file://{}",
+                    std::path::absolute(dir.join("bucket"))
+                        .map_err(|e| e.to_string())?
+                        .display()
+                ),
                 cloud_region: None,
                 endpoint: None,
             },
@@ -105,20 +110,34 @@ async fn run_dev(dir: Option<PathBuf>, port: u16) -> Result<(), String> {
             nodes: 3,
             first_port: port,
         })?,
-        false => (1..=3).map(|n| dir.join(format!("node{n}/node.toml"))).collect(),
+        false => (1..=3)
+            .map(|n| dir.join(format!("node{n}/node.toml")))
+            .collect(),
     };
     let nodes = dev::start(&files).await?;
-    let endpoints: Vec<String> = nodes.iter().map(|n| n.config.client_address.to_string()).collect();
+    let endpoints: Vec<String> = nodes
+        .iter()
+        .map(|n| n.config.client_address.to_string())
+        .collect();
     if fresh {
-        Keyfile::new(dir.join("keys.json")).add("acme").map_err(|e| e.to_string())?;
+        Keyfile::new(dir.join("keys.json"))
+            .add("acme")
+            .map_err(|e| e.to_string())?;
         create_tenant(&dir).await?;
     }
-    println!("A region of three zones is ready after {:.1} s; its files are in {}.", started.elapsed().as_secs_f64(), dir.display());
+    println!(
+        "A region of three zones is ready after {:.1} s; its files are in {}.",
+        started.elapsed().as_secs_f64(),
+        dir.display()
+    );
     println!("Tenant acme, user app, password development. Try:\n");
     println!("  export ETCDCTL_ENDPOINTS={}", endpoints.join(","));
     println!("  etcdctl --user app@acme:development put greeting hello");
     println!("  etcdctl --user app@acme:development get greeting\n");
-    println!("Operators: holdfast --config {} tenant list", dir.join("operator.toml").display());
+    println!(
+        "Operators: holdfast --config {} tenant list",
+        dir.join("operator.toml").display()
+    );
     until_stopped().await?;
     for node in &nodes {
         node.shutdown().await;
@@ -146,7 +165,9 @@ async fn create_tenant(dir: &std::path::Path) -> Result<(), String> {
         });
         match asked.await {
             Ok(_) => return Ok(()),
-            Err(e) if Instant::now() >= deadline => return Err(format!("tenant acme: {}", e.message())),
+            Err(e) if Instant::now() >= deadline => {
+                return Err(format!("tenant acme: {}", e.message()));
+            }
             Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
         }
     }

@@ -95,11 +95,14 @@ pub struct Node {
 fn node_id(dir: &Path) -> Result<u64, String> {
     let path = dir.join("node_id");
     match std::fs::read_to_string(&path) {
-        Ok(text) => u64::from_str_radix(text.trim(), 16).map_err(|e| format!("{}: {e}", path.display())),
+        Ok(text) => {
+            u64::from_str_radix(text.trim(), 16).map_err(|e| format!("{}: {e}", path.display()))
+        }
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             // 63 bits: ids travel through formats with signed integers.
             let id = u64::from_be_bytes(kms::secret::random_bytes()) >> 1;
-            write_private(&path, format!("{id:016x}").as_bytes()).map_err(|e| format!("{}: {e}", path.display()))?;
+            write_private(&path, format!("{id:016x}").as_bytes())
+                .map_err(|e| format!("{}: {e}", path.display()))?;
             Ok(id)
         }
         Err(e) => Err(format!("{}: {e}", path.display())),
@@ -112,7 +115,9 @@ async fn providers(config: &NodeConfig) -> Providers {
         providers.local = Some(Arc::new(Keyfile::new(&local.keyfile)));
     }
     if let Some(aws) = &config.kms.aws {
-        providers.aws = Some(Arc::new(AwsKms::connect(&aws.cloud_region, aws.endpoint.as_deref()).await));
+        providers.aws = Some(Arc::new(
+            AwsKms::connect(&aws.cloud_region, aws.endpoint.as_deref()).await,
+        ));
     }
     providers
 }
@@ -124,7 +129,8 @@ impl Node {
         let dir = config.data_dir.clone();
         make_private(&dir).map_err(|e| at("data_dir", &e))?;
         let id = node_id(&dir)?;
-        let tls = NodeTls::load(&config.tls.ca, &config.tls.cert, &config.tls.key, &[]).map_err(|e| e.to_string())?;
+        let tls = NodeTls::load(&config.tls.ca, &config.tls.cert, &config.tls.key, &[])
+            .map_err(|e| e.to_string())?;
         let expected = network::Identity::Node {
             region: config.region,
             zone: config.zone.clone(),
@@ -232,7 +238,9 @@ impl Node {
     }
 
     pub fn take_links(&self) -> Vec<LinkRecord> {
-        std::mem::take(&mut *self.links.write()).into_values().collect()
+        std::mem::take(&mut *self.links.write())
+            .into_values()
+            .collect()
     }
 
     fn region_file(&self) -> std::path::PathBuf {
@@ -240,9 +248,13 @@ impl Node {
     }
 
     pub fn save_region(&self, directory: GroupId) -> Result<(), String> {
-        let file = RegionFile { version: 1, directory };
+        let file = RegionFile {
+            version: 1,
+            directory,
+        };
         let bytes = serde_json::to_vec(&file).map_err(|e| e.to_string())?;
-        write_private(&self.region_file(), &bytes).map_err(|e| format!("{}: {e}", self.region_file().display()))
+        write_private(&self.region_file(), &bytes)
+            .map_err(|e| format!("{}: {e}", self.region_file().display()))
     }
 
     fn read_region(&self) -> Result<Option<GroupId>, String> {
@@ -300,7 +312,9 @@ impl Node {
                 *self.state.write() = NodeState::AwaitingRestore;
                 Ok(None)
             }
-            Err(object_store::Error::NotFound { .. }) if self.config.is_founder() => self.found().await.map(Some),
+            Err(object_store::Error::NotFound { .. }) if self.config.is_founder() => {
+                self.found().await.map(Some)
+            }
             Err(object_store::Error::NotFound { .. }) => Ok(None),
             Err(e) => Err(format!("the bucket cannot be asked for the region: {e}")),
         }
@@ -308,7 +322,12 @@ impl Node {
 
     fn other_peers(&self) -> Vec<String> {
         let own = self.config.peer_address;
-        self.config.peers.iter().filter(|p| **p != own).map(ToString::to_string).collect()
+        self.config
+            .peers
+            .iter()
+            .filter(|p| **p != own)
+            .map(ToString::to_string)
+            .collect()
     }
 
     async fn ask(&self, address: &str, question: &Question) -> Option<Bytes> {
@@ -319,18 +338,33 @@ impl Node {
             tenant: TenantId::default(),
             incarnation: 0,
         };
-        connection.call(Service::Daemon, nobody, &body, PEER_CALL).await.ok()
+        connection
+            .call(Service::Daemon, nobody, &body, PEER_CALL)
+            .await
+            .ok()
     }
 
     /// Makes the region: the directory's key, the bootstrap object, the directory's group.
     async fn found(&self) -> Result<GroupId, String> {
-        let members = self.members().await.ok_or("waiting for the other nodes, to found the region")?;
-        let key: KeyUri = self.config.region_key.parse().map_err(|e: kms::KmsError| e.to_string())?;
+        let members = self
+            .members()
+            .await
+            .ok_or("waiting for the other nodes, to found the region")?;
+        let key: KeyUri = self
+            .config
+            .region_key
+            .parse()
+            .map_err(|e: kms::KmsError| e.to_string())?;
         let directory = TenantId::random();
-        let (wrapped, _) = WrappedKey::create(&self.parts.providers, &key, directory, self.config.region)
+        let (wrapped, _) =
+            WrappedKey::create(&self.parts.providers, &key, directory, self.config.region)
+                .await
+                .map_err(|e| e.to_string())?;
+        self.parts
+            .keys
+            .create(&wrapped)
             .await
             .map_err(|e| e.to_string())?;
-        self.parts.keys.create(&wrapped).await.map_err(|e| e.to_string())?;
         let bootstrap = Bootstrap {
             version: Bootstrap::VERSION,
             region: self.config.region,
@@ -344,7 +378,11 @@ impl Node {
         };
         self.parts
             .bucket
-            .put_opts(&Bootstrap::path(), PutPayload::from(bytes), PutMode::Create.into())
+            .put_opts(
+                &Bootstrap::path(),
+                PutPayload::from(bytes),
+                PutMode::Create.into(),
+            )
             .await
             .map_err(|e| format!("the bootstrap object: {e}"))?;
         self.save_region(group)?;
@@ -369,18 +407,27 @@ impl Node {
         if self.parts.log.contains(group) || group.incarnation > 1 {
             return Ok(());
         }
-        let members = self.members().await.ok_or("waiting for the other nodes, to form the directory")?;
+        let members = self
+            .members()
+            .await
+            .ok_or("waiting for the other nodes, to form the directory")?;
         let opened = self.open_directory_group(group).await?;
         opened.initialize(members).await.map_err(|e| e.to_string())
     }
 
-    async fn open_directory_group(&self, id: GroupId) -> Result<Arc<replication::group::Group>, String> {
+    async fn open_directory_group(
+        &self,
+        id: GroupId,
+    ) -> Result<Arc<replication::group::Group>, String> {
         if let Some(open) = self.parts.groups.get(id) {
             return Ok(open);
         }
         let nothing: Report = Arc::new(|_, _| {});
         // One voter is enough: a change is answered once it is in the bucket.
-        let group = self.parts.open(id, Duration::ZERO, None, nothing, 1).await?;
+        let group = self
+            .parts
+            .open(id, Duration::ZERO, None, nothing, 1)
+            .await?;
         self.set_archive_key(group.keys().archive_key());
         Ok(group)
     }
@@ -427,7 +474,11 @@ impl Node {
             return directory.register(&record).await.map_err(|e| e.to_string());
         }
         for peer in self.other_peers() {
-            if self.ask(&peer, &Question::Register(record.clone())).await.is_some() {
+            if self
+                .ask(&peer, &Question::Register(record.clone()))
+                .await
+                .is_some()
+            {
                 return Ok(());
             }
         }
@@ -435,8 +486,14 @@ impl Node {
     }
 
     /// Digests of a group's recent positions on another node.
-    pub async fn digests_of(&self, node: &NodeRecord, group: GroupId) -> Option<Vec<(u64, replication::mvcc::digest::Digests)>> {
-        let answer = self.ask(&node.peer_address, &Question::Digests(group)).await?;
+    pub async fn digests_of(
+        &self,
+        node: &NodeRecord,
+        group: GroupId,
+    ) -> Option<Vec<(u64, replication::mvcc::digest::Digests)>> {
+        let answer = self
+            .ask(&node.peer_address, &Question::Digests(group))
+            .await?;
         serde_json::from_slice(&answer).ok()
     }
 }
@@ -460,11 +517,18 @@ impl DaemonCalls for Calls {
             }
             Question::Register(record) => {
                 let directory = node.directory().ok_or("this node has no directory yet")?;
-                directory.register(&record).await.map_err(|e| e.to_string())?;
+                directory
+                    .register(&record)
+                    .await
+                    .map_err(|e| e.to_string())?;
                 serde_json::to_vec(&())
             }
             Question::Digests(group) => {
-                let group = node.parts.groups.get(group).ok_or("the group is not open here")?;
+                let group = node
+                    .parts
+                    .groups
+                    .get(group)
+                    .ok_or("the group is not open here")?;
                 serde_json::to_vec(&group.recent_digests())
             }
         };
@@ -473,7 +537,9 @@ impl DaemonCalls for Calls {
 }
 
 pub async fn bind(address: std::net::SocketAddr) -> Result<TcpListener, String> {
-    TcpListener::bind(address).await.map_err(|e| format!("cannot listen on {address}: {e}"))
+    TcpListener::bind(address)
+        .await
+        .map_err(|e| format!("cannot listen on {address}: {e}"))
 }
 
 fn make_private(dir: &Path) -> std::io::Result<()> {

@@ -48,39 +48,78 @@ impl Authority {
 
     /// Loads a saved one.
     pub fn load(cert: &Path, key: &Path) -> Result<Self, String> {
-        let read = |path: &Path| std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()));
+        let read = |path: &Path| {
+            std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))
+        };
         let pair = KeyPair::from_pem(&read(key)?).map_err(|e| format!("{}: {e}", key.display()))?;
-        let issuer = Issuer::from_ca_cert_pem(&read(cert)?, pair).map_err(|e| format!("{}: {e}", cert.display()))?;
+        let issuer = Issuer::from_ca_cert_pem(&read(cert)?, pair)
+            .map_err(|e| format!("{}: {e}", cert.display()))?;
         Ok(Authority { issuer })
     }
 
-    pub fn node(&self, region: Region, zone: &str, name: &str, cert: &Path, key: &Path) -> Result<(), String> {
+    pub fn node(
+        &self,
+        region: Region,
+        zone: &str,
+        name: &str,
+        cert: &Path,
+        key: &Path,
+    ) -> Result<(), String> {
         let identity = Identity::Node {
             region,
             zone: zone.into(),
             name: name.into(),
         };
-        let usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let usages = vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ];
         self.issue(name, &identity, usages, cert, key)
     }
 
-    pub fn operator(&self, region: Region, name: &str, cert: &Path, key: &Path) -> Result<(), String> {
+    pub fn operator(
+        &self,
+        region: Region,
+        name: &str,
+        cert: &Path,
+        key: &Path,
+    ) -> Result<(), String> {
         let identity = Identity::Operator {
             region,
             name: name.into(),
         };
-        self.issue(name, &identity, vec![ExtendedKeyUsagePurpose::ClientAuth], cert, key)
+        self.issue(
+            name,
+            &identity,
+            vec![ExtendedKeyUsagePurpose::ClientAuth],
+            cert,
+            key,
+        )
     }
 
-    fn issue(&self, common: &str, identity: &Identity, usages: Vec<ExtendedKeyUsagePurpose>, cert: &Path, key: &Path) -> Result<(), String> {
+    fn issue(
+        &self,
+        common: &str,
+        identity: &Identity,
+        usages: Vec<ExtendedKeyUsagePurpose>,
+        cert: &Path,
+        key: &Path,
+    ) -> Result<(), String> {
         let mut params = named(common, LEAF_DAYS);
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = usages;
-        let uri = identity.uri().try_into().map_err(|e: rcgen::Error| e.to_string())?;
-        let host = "holdfast.internal".try_into().map_err(|e: rcgen::Error| e.to_string())?;
+        let uri = identity
+            .uri()
+            .try_into()
+            .map_err(|e: rcgen::Error| e.to_string())?;
+        let host = "holdfast.internal"
+            .try_into()
+            .map_err(|e: rcgen::Error| e.to_string())?;
         params.subject_alt_names = vec![SanType::DnsName(host), SanType::URI(uri)];
         let pair = KeyPair::generate().map_err(|e| e.to_string())?;
-        let made = params.signed_by(&pair, &self.issuer).map_err(|e| e.to_string())?;
+        let made = params
+            .signed_by(&pair, &self.issuer)
+            .map_err(|e| e.to_string())?;
         save(cert, &made.pem())?;
         save(key, &pair.serialize_pem())
     }

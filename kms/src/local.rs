@@ -83,14 +83,18 @@ impl Keyfile {
         }
         let material = hex::encode(random_bytes::<32>());
         let state = KeyState::Enabled;
-        file.keys.insert(name.to_string(), Entry { state, material });
+        file.keys
+            .insert(name.to_string(), Entry { state, material });
         self.write(&file)
     }
 
     pub fn set_state(&self, name: &str, state: KeyState) -> Result<(), KmsError> {
         let mut file = self.read()?;
         let Some(entry) = file.keys.get_mut(name) else {
-            return Err(KmsError::refused(&KeyUri::Local(name.into()), Refusal::NotFound));
+            return Err(KmsError::refused(
+                &KeyUri::Local(name.into()),
+                Refusal::NotFound,
+            ));
         };
         entry.state = state;
         self.write(&file)
@@ -218,7 +222,8 @@ mod tests {
 
     #[tokio::test]
     async fn wraps_unwraps_and_obeys_the_state() {
-        let dir = std::env::temp_dir().join(format!("keyfile-{}", hex::encode(random_bytes::<8>())));
+        let dir =
+            std::env::temp_dir().join(format!("keyfile-{}", hex::encode(random_bytes::<8>())));
         fs::create_dir(&dir).unwrap();
         let kf = Keyfile::new(dir.join("keys.json"));
         kf.add("acme").unwrap();

@@ -227,13 +227,29 @@ mod tests {
 
     #[test]
     fn key_uris() {
-        assert_eq!("local:acme".parse::<KeyUri>().unwrap().to_string(), "local:acme");
-        for bad in ["", "acme", "local:", "local:a/b", "arn:aws:s3:::b", "arn:aws:kms:eu-west-1:1:alias/x"] {
+        assert_eq!(
+            "local:acme".parse::<KeyUri>().unwrap().to_string(),
+            "local:acme"
+        );
+        for bad in [
+            "",
+            "acme",
+            "local:",
+            "local:a/b",
+            "arn:aws:s3:::b",
+            "arn:aws:kms:eu-west-1:1:alias/x",
+        ] {
             assert!(bad.parse::<KeyUri>().is_err(), "{bad}");
         }
         let outside: KeyUri = "arn:aws:kms:eu-west-2:1:key/x".parse().unwrap();
-        let e = outside.check_jurisdiction(Region::Eu).unwrap_err().to_string();
-        assert!(e.contains("eu-west-2") && e.contains("jurisdiction eu"), "{e}");
+        let e = outside
+            .check_jurisdiction(Region::Eu)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            e.contains("eu-west-2") && e.contains("jurisdiction eu"),
+            "{e}"
+        );
         let multi: KeyUri = "arn:aws:kms:eu-west-1:1:key/mrk-1".parse().unwrap();
         assert!(multi.check_jurisdiction(Region::Eu).is_err());
     }

@@ -51,7 +51,9 @@ pub enum SealError {
     Format(u8),
     #[error("sealed under key generation {0}, which this node does not hold")]
     UnknownGeneration(u32),
-    #[error("sealed bytes do not authenticate: damaged, or another tenant's, incarnation's or purpose's")]
+    #[error(
+        "sealed bytes do not authenticate: damaged, or another tenant's, incarnation's or purpose's"
+    )]
     Forged,
 }
 
@@ -121,12 +123,15 @@ impl Sealer {
     }
 }
 
+/// Ciphers by key generation and salt.
+type Derived = HashMap<(u32, [u8; 16]), Arc<Aes256Gcm>>;
+
 /// Opens what sealers of one tenant, incarnation and purpose made, in any generation held.
 pub struct Opener {
     keys: Arc<TenantKeys>,
     purpose: Purpose,
     aad: Vec<u8>,
-    derived: RwLock<HashMap<(u32, [u8; 16]), Arc<Aes256Gcm>>>,
+    derived: RwLock<Derived>,
 }
 
 impl Opener {
@@ -195,7 +200,11 @@ mod tests {
 
     fn keys(tenant: u8) -> Arc<TenantKeys> {
         let secret = Secret::from_slice(&[7; 32]).unwrap();
-        Arc::new(TenantKeys::new(TenantId([tenant; 16]), secret.clone(), [(1, secret)]))
+        Arc::new(TenantKeys::new(
+            TenantId([tenant; 16]),
+            secret.clone(),
+            [(1, secret)],
+        ))
     }
 
     /// NIST GCM test case 16 (256-bit key, 12-byte nonce, associated data).
@@ -206,7 +215,10 @@ mod tests {
                 .unwrap()
                 .try_into()
                 .unwrap();
-        let nonce: [u8; 12] = hex::decode("cafebabefacedbaddecaf888").unwrap().try_into().unwrap();
+        let nonce: [u8; 12] = hex::decode("cafebabefacedbaddecaf888")
+            .unwrap()
+            .try_into()
+            .unwrap();
         let aad = hex::decode("feedfacedeadbeeffeedfacedeadbeefabaddad2").unwrap();
         let mut buf = hex::decode("d9313225f88406e5a55909c5aff5269a86a7a9531534f7da2e4c303d8a318a721c3c0c95956809532fcf0e2449a6b525b16aedf5aa0de657ba637b39").unwrap();
         let tag = Aes256Gcm::new(&key.into())
@@ -223,7 +235,10 @@ mod tests {
         let golden = include_str!("../golden/sealed-v1.hex").trim();
         assert_eq!(hex::encode(sealer.seal(b"holdfast")), golden);
         let opener = Opener::new(keys(1), 3, Purpose::LogEntry);
-        assert_eq!(opener.open(&hex::decode(golden).unwrap()).unwrap(), b"holdfast");
+        assert_eq!(
+            opener.open(&hex::decode(golden).unwrap()).unwrap(),
+            b"holdfast"
+        );
     }
 
     #[test]
@@ -245,7 +260,10 @@ mod tests {
         let opens = |k, inc, p| Opener::new(k, inc, p).open(&sealed);
         assert_eq!(opens(keys(2), 1, Purpose::LogEntry), Err(SealError::Forged));
         assert_eq!(opens(keys(1), 2, Purpose::LogEntry), Err(SealError::Forged));
-        assert_eq!(opens(keys(1), 1, Purpose::Directory), Err(SealError::Forged));
+        assert_eq!(
+            opens(keys(1), 1, Purpose::Directory),
+            Err(SealError::Forged)
+        );
         let mut other = sealed.clone();
         other[4] = 2;
         let e = Opener::new(keys(1), 1, Purpose::LogEntry).open(&other);

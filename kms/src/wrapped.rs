@@ -60,7 +60,11 @@ impl WrappedKey {
         let mut plain = Zeroizing::new([0u8; 64]);
         plain[..32].copy_from_slice(data_key.expose());
         plain[32..].copy_from_slice(secret.expose());
-        let ctx = Context { tenant, region, purpose: PURPOSE };
+        let ctx = Context {
+            tenant,
+            region,
+            purpose: PURPOSE,
+        };
         let wrapped = providers.of(key)?.wrap(key, plain.as_ref(), &ctx).await?;
         let record = WrappedKey {
             version: VERSION,
@@ -86,7 +90,10 @@ impl WrappedKey {
             key: self.key.to_string(),
         };
         let wrapped = hex::decode(&self.wrapped).map_err(|_| wrong())?;
-        let plain = providers.of(&self.key)?.unwrap(&self.key, &wrapped, &ctx).await?;
+        let plain = providers
+            .of(&self.key)?
+            .unwrap(&self.key, &wrapped, &ctx)
+            .await?;
         if plain.len() != 64 {
             return Err(wrong());
         }
@@ -95,7 +102,11 @@ impl WrappedKey {
         if data_key.fingerprint() != self.fingerprint {
             return Err(wrong());
         }
-        Ok(TenantKeys::new(self.tenant, secret, [(self.generation, data_key)]))
+        Ok(TenantKeys::new(
+            self.tenant,
+            secret,
+            [(self.generation, data_key)],
+        ))
     }
 
     fn parse(bytes: &[u8], object: &str, tenant: TenantId) -> Result<Self, WrappedKeyError> {
@@ -111,7 +122,10 @@ impl WrappedKey {
             )));
         }
         if key.tenant != tenant {
-            return Err(invalid(format!("it is tenant {}'s, not {tenant}'s", key.tenant)));
+            return Err(invalid(format!(
+                "it is tenant {}'s, not {tenant}'s",
+                key.tenant
+            )));
         }
         Ok(key)
     }
@@ -145,7 +159,11 @@ impl WrappedKeyStore {
         let object = Self::object(key.tenant);
         let bytes = to_json(key);
         self.bucket
-            .put_opts(&object, PutPayload::from(bytes.clone()), PutMode::Create.into())
+            .put_opts(
+                &object,
+                PutPayload::from(bytes.clone()),
+                PutMode::Create.into(),
+            )
             .await
             .map_err(|e| WrappedKeyError::Store {
                 object: object.to_string(),

@@ -65,10 +65,22 @@ pub struct Init {
 #[derive(Subcommand)]
 pub enum KeyfileCommand {
     /// Adds a key with fresh material.
-    Add { file: PathBuf, name: String },
-    Enable { file: PathBuf, name: String },
-    Disable { file: PathBuf, name: String },
-    ScheduleDeletion { file: PathBuf, name: String },
+    Add {
+        file: PathBuf,
+        name: String,
+    },
+    Enable {
+        file: PathBuf,
+        name: String,
+    },
+    Disable {
+        file: PathBuf,
+        name: String,
+    },
+    ScheduleDeletion {
+        file: PathBuf,
+        name: String,
+    },
 }
 
 #[derive(Subcommand)]
@@ -116,7 +128,9 @@ pub enum RestoreCommand {
 
 /// Milliseconds of `250ms`, `1s`, `15m`, `24h` or `7d`.
 pub fn milliseconds(text: &str) -> Result<u64, String> {
-    let at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let at = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(at);
     let unit = match unit {
         "ms" => 1,
@@ -124,10 +138,18 @@ pub fn milliseconds(text: &str) -> Result<u64, String> {
         "m" => 60_000,
         "h" => 3_600_000,
         "d" => 86_400_000,
-        _ => return Err(format!("\"{text}\" is not a duration; use a number and ms, s, m, h or d")),
+        _ => {
+            return Err(format!(
+                "\"{text}\" is not a duration; use a number and ms, s, m, h or d"
+            ));
+        }
     };
-    let number: u64 = number.parse().map_err(|_| format!("\"{text}\" is not a duration"))?;
-    number.checked_mul(unit).ok_or_else(|| format!("\"{text}\" is too long"))
+    let number: u64 = number
+        .parse()
+        .map_err(|_| format!("\"{text}\" is not a duration"))?;
+    number
+        .checked_mul(unit)
+        .ok_or_else(|| format!("\"{text}\" is too long"))
 }
 
 #[cfg(test)]

@@ -45,7 +45,10 @@ pub fn run(init: Init) -> Result<ExitCode, String> {
     for file in &files {
         println!("  {}", file.display());
     }
-    println!("Keep ca-key.pem and keys.json away from the nodes' disks; they are in {}.", init.dir.display());
+    println!(
+        "Keep ca-key.pem and keys.json away from the nodes' disks; they are in {}.",
+        init.dir.display()
+    );
     println!("Start each node with: holdfastd run --config NODE.TOML");
     Ok(ExitCode::SUCCESS)
 }

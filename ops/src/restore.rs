@@ -28,14 +28,20 @@ pub async fn run(config: &Path, command: RestoreCommand) -> Result<ExitCode, Str
         .map_err(|e| e.message().to_string())?
         .into_inner();
     let mut screen = Screen::default();
-    while let Some(event) = events.message().await.map_err(|e| e.message().to_string())? {
+    while let Some(event) = events
+        .message()
+        .await
+        .map_err(|e| e.message().to_string())?
+    {
         screen.show(event);
     }
     screen.finish()
 }
 
 /// The first node that awaits a restore. It is asked again while nodes are starting.
-async fn awaiting(operator: &OperatorConfig) -> Result<daemon::proto::admin::admin_client::AdminClient<tonic::transport::Channel>, String> {
+async fn awaiting(
+    operator: &OperatorConfig,
+) -> Result<daemon::proto::admin::admin_client::AdminClient<tonic::transport::Channel>, String> {
     let deadline = Instant::now() + READY_WITHIN;
     loop {
         let mut said = Vec::new();
@@ -120,13 +126,28 @@ impl Screen {
         let rows: Vec<_> = self.done.iter().map(row).collect();
         println!();
         table::print(
-            &["TENANT", "TIER", "RPO", "ACTUAL RPO", "RTO", "ACTUAL RTO", "REVISION", "DIGEST MATCHES"],
+            &[
+                "TENANT",
+                "TIER",
+                "RPO",
+                "ACTUAL RPO",
+                "RTO",
+                "ACTUAL RTO",
+                "REVISION",
+                "DIGEST MATCHES",
+            ],
             &rows,
         );
-        println!("Actual RPO is the age of the newest restored write when the region was lost: at most so much is gone.");
+        println!(
+            "Actual RPO is the age of the newest restored write when the region was lost: at most so much is gone."
+        );
         for (name, why) in &self.refused {
             println!("\n{name} is NOT restored: {why}");
         }
-        Ok(if self.refused.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        Ok(if self.refused.is_empty() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        })
     }
 }

@@ -4,7 +4,9 @@ use kms::TenantId;
 use serde::{Deserialize, Serialize};
 
 /// A Raft log id: the term, the leader that made the entry, the index.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 pub struct Position {
     pub term: u64,
     pub node: u64,

@@ -9,24 +9,44 @@ use anyhow::{Context, Result};
 /// `pkg/<name>/<version>` and the stanza as JSON, in order, without duplicates.
 pub fn documents() -> Result<BTreeMap<String, Vec<u8>>> {
     let mut documents = BTreeMap::new();
-    for entry in std::fs::read_dir("/var/lib/apt/lists").context("no package index: run apt-get update")? {
+    for entry in
+        std::fs::read_dir("/var/lib/apt/lists").context("no package index: run apt-get update")?
+    {
         let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         if name.contains("_Packages") {
             for stanza in read(&path)?.split("\n\n") {
                 documents.extend(document(stanza));
             }
         }
     }
-    anyhow::ensure!(!documents.is_empty(), "the package index is empty: run apt-get update");
+    anyhow::ensure!(
+        !documents.is_empty(),
+        "the package index is empty: run apt-get update"
+    );
     Ok(documents)
 }
 
 fn read(path: &Path) -> Result<String> {
-    let extension = path.extension().unwrap_or_default().to_string_lossy().into_owned();
+    let extension = path
+        .extension()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
     if extension == "lz4" || extension == "xz" || extension == "gz" {
-        let out = Command::new("/usr/lib/apt/apt-helper").arg("cat-file").arg(path).output()?;
-        anyhow::ensure!(out.status.success(), "apt-helper cannot read {}", path.display());
+        let out = Command::new("/usr/lib/apt/apt-helper")
+            .arg("cat-file")
+            .arg(path)
+            .output()?;
+        anyhow::ensure!(
+            out.status.success(),
+            "apt-helper cannot read {}",
+            path.display()
+        );
         return Ok(String::from_utf8_lossy(&out.stdout).into_owned());
     }
     Ok(std::fs::read_to_string(path)?)

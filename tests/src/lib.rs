@@ -15,6 +15,10 @@ pub fn binary(name: &str) -> PathBuf {
         dir.pop();
     }
     let path = dir.join(name);
-    assert!(path.exists(), "{} is not built: run it through make", path.display());
+    assert!(
+        path.exists(),
+        "{} is not built: run it through make",
+        path.display()
+    );
     path
 }

@@ -65,7 +65,9 @@ pub fn check(history: &[Call]) -> bool {
         })
         .collect();
     let needed = |c: &&Call| match c.operation {
-        Operation::Put(value) | Operation::Swap(_, value, _) => c.end.is_some() || seen.contains(&value),
+        Operation::Put(value) | Operation::Swap(_, value, _) => {
+            c.end.is_some() || seen.contains(&value)
+        }
         _ => true,
     };
     let short: Vec<Call> = history.iter().filter(needed).cloned().collect();
@@ -76,8 +78,17 @@ fn search(history: &[Call]) -> bool {
     let mut known: Vec<&Call> = history.iter().filter(|c| c.end.is_some()).collect();
     known.sort_by_key(|c| c.start);
     let unknown: Vec<&Call> = history.iter().filter(|c| c.end.is_none()).collect();
-    assert!(unknown.len() <= 128, "{} calls of unknown outcome", unknown.len());
-    let begin = Point { first: 0, beyond: Vec::new(), unknown: 0, value: None };
+    assert!(
+        unknown.len() <= 128,
+        "{} calls of unknown outcome",
+        unknown.len()
+    );
+    let begin = Point {
+        first: 0,
+        beyond: Vec::new(),
+        unknown: 0,
+        value: None,
+    };
     let mut seen = HashSet::from([begin.clone()]);
     let mut open = vec![begin];
     while let Some(at) = open.pop() {
@@ -102,7 +113,11 @@ fn search(history: &[Call]) -> bool {
                 && call.start <= limit
                 && let Some(value) = step(at.value, &call.operation)
             {
-                let next = Point { unknown: at.unknown | (1 << n), value, ..at.clone() };
+                let next = Point {
+                    unknown: at.unknown | (1 << n),
+                    value,
+                    ..at.clone()
+                };
                 if seen.insert(next.clone()) {
                     open.push(next);
                 }
@@ -113,8 +128,13 @@ fn search(history: &[Call]) -> bool {
             if call.start > limit {
                 continue;
             }
-            let Some(value) = step(at.value, &call.operation) else { continue };
-            let mut next = Point { value, ..at.clone() };
+            let Some(value) = step(at.value, &call.operation) else {
+                continue;
+            };
+            let mut next = Point {
+                value,
+                ..at.clone()
+            };
             next.beyond.push(n);
             next.beyond.sort_unstable();
             while next.beyond.first() == Some(&next.first) {
@@ -134,22 +154,46 @@ mod tests {
     use super::*;
 
     fn call(start: u64, end: u64, operation: Operation) -> Call {
-        Call { start, end: Some(end), operation }
+        Call {
+            start,
+            end: Some(end),
+            operation,
+        }
     }
 
     #[test]
     fn a_stale_read_is_found() {
-        let stale = [call(0, 1, Operation::Put(1)), call(2, 3, Operation::Put(2)), call(4, 5, Operation::Read(Some(1)))];
+        let stale = [
+            call(0, 1, Operation::Put(1)),
+            call(2, 3, Operation::Put(2)),
+            call(4, 5, Operation::Read(Some(1))),
+        ];
         assert!(!check(&stale));
-        let overlapping = [call(0, 1, Operation::Put(1)), call(2, 5, Operation::Put(2)), call(3, 4, Operation::Read(Some(1)))];
+        let overlapping = [
+            call(0, 1, Operation::Put(1)),
+            call(2, 5, Operation::Put(2)),
+            call(3, 4, Operation::Read(Some(1))),
+        ];
         assert!(check(&overlapping));
     }
 
     #[test]
     fn an_unknown_outcome_may_come_late_or_never() {
-        let unknown = Call { start: 0, end: None, operation: Operation::Put(7) };
-        assert!(check(&[unknown.clone(), call(1, 2, Operation::Read(None)), call(3, 4, Operation::Read(Some(7)))]));
+        let unknown = Call {
+            start: 0,
+            end: None,
+            operation: Operation::Put(7),
+        };
+        assert!(check(&[
+            unknown.clone(),
+            call(1, 2, Operation::Read(None)),
+            call(3, 4, Operation::Read(Some(7)))
+        ]));
         assert!(check(&[unknown.clone(), call(1, 2, Operation::Read(None))]));
-        assert!(!check(&[unknown, call(1, 2, Operation::Read(Some(7))), call(3, 4, Operation::Read(None))]));
+        assert!(!check(&[
+            unknown,
+            call(1, 2, Operation::Read(Some(7))),
+            call(3, 4, Operation::Read(None))
+        ]));
     }
 }

@@ -89,7 +89,11 @@ impl Region {
     pub fn new() -> Result<Self> {
         let dir = tempfile::tempdir()?;
         let url = format!("file://{}", dir.path().join("bucket").display());
-        let bucket = BucketConfig { url, cloud_region: None, endpoint: None };
+        let bucket = BucketConfig {
+            url,
+            cloud_region: None,
+            endpoint: None,
+        };
         Self::with_bucket(dir, bucket)
     }
 
@@ -108,7 +112,11 @@ impl Region {
         }
         let node = |file: PathBuf| {
             let config = NodeConfig::load(&file).map_err(anyhow::Error::msg)?;
-            Ok(NodeProcess { config, file, child: None })
+            Ok(NodeProcess {
+                config,
+                file,
+                child: None,
+            })
         };
         Ok(Region {
             nodes: files.into_iter().map(node).collect::<Result<_>>()?,
@@ -140,7 +148,10 @@ impl Region {
 
     pub fn start(&mut self, n: usize) -> Result<()> {
         let log = self.log_file(n);
-        let out = std::fs::OpenOptions::new().create(true).append(true).open(log)?;
+        let out = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(log)?;
         let node = &mut self.nodes[n];
         ensure!(node.child.is_none(), "node {n} runs already");
         let daemon = crate::binary("holdfastd");
@@ -190,8 +201,16 @@ impl Region {
     /// State of node `n`, or why it does not answer.
     pub async fn state(&self, n: usize) -> Result<String> {
         let address = self.nodes[n].config.admin_address;
-        let mut client = self.operator()?.connect_to(address).await.map_err(anyhow::Error::msg)?;
-        Ok(client.node_status(NodeStatusRequest {}).await?.into_inner().state)
+        let mut client = self
+            .operator()?
+            .connect_to(address)
+            .await
+            .map_err(anyhow::Error::msg)?;
+        Ok(client
+            .node_status(NodeStatusRequest {})
+            .await?
+            .into_inner()
+            .state)
     }
 
     /// Waits until every running node serves.
@@ -213,19 +232,41 @@ impl Region {
                 if state == wanted {
                     break;
                 }
-                ensure!(Instant::now() < deadline, "node {n} is {state}, not {wanted}:\n{}", tail(&self.log(n)));
+                ensure!(
+                    Instant::now() < deadline,
+                    "node {n} is {state}, not {wanted}:\n{}",
+                    tail(&self.log(n))
+                );
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         }
         Ok(())
     }
 
-    pub async fn create_tenant(&self, name: &str, tier: &str, rpo_ms: u64, rto_ms: u64) -> Result<()> {
-        self.create_tenant_with(name, tier, rpo_ms, rto_ms, &format!("local:{name}")).await
+    pub async fn create_tenant(
+        &self,
+        name: &str,
+        tier: &str,
+        rpo_ms: u64,
+        rto_ms: u64,
+    ) -> Result<()> {
+        self.create_tenant_with(name, tier, rpo_ms, rto_ms, &format!("local:{name}"))
+            .await
     }
 
-    pub async fn create_tenant_with(&self, name: &str, tier: &str, rpo_ms: u64, rto_ms: u64, key: &str) -> Result<()> {
-        let mut client = self.operator()?.connect().await.map_err(anyhow::Error::msg)?;
+    pub async fn create_tenant_with(
+        &self,
+        name: &str,
+        tier: &str,
+        rpo_ms: u64,
+        rto_ms: u64,
+        key: &str,
+    ) -> Result<()> {
+        let mut client = self
+            .operator()?
+            .connect()
+            .await
+            .map_err(anyhow::Error::msg)?;
         let request = CreateTenantRequest {
             name: name.into(),
             tier: tier.into(),
@@ -236,16 +277,27 @@ impl Region {
             password: PASSWORD.into(),
             quota_bytes: 0,
         };
-        client.create_tenant(request).await.map_err(|e| anyhow::anyhow!("{}", e.message()))?;
+        client
+            .create_tenant(request)
+            .await
+            .map_err(|e| anyhow::anyhow!("{}", e.message()))?;
         Ok(())
     }
 
     /// A tenant as node `n` sees it.
     pub async fn tenant(&self, n: usize, name: &str) -> Result<Tenant> {
         let address = self.nodes[n].config.admin_address;
-        let mut client = self.operator()?.connect_to(address).await.map_err(anyhow::Error::msg)?;
+        let mut client = self
+            .operator()?
+            .connect_to(address)
+            .await
+            .map_err(anyhow::Error::msg)?;
         let request = ShowTenantRequest { name: name.into() };
-        Ok(client.show_tenant(request).await.map_err(|e| anyhow::anyhow!("{}", e.message()))?.into_inner())
+        Ok(client
+            .show_tenant(request)
+            .await
+            .map_err(|e| anyhow::anyhow!("{}", e.message()))?
+            .into_inner())
     }
 
     /// Index of the running node that leads a tenant, once there is one.
@@ -254,7 +306,8 @@ impl Region {
         loop {
             for n in 0..self.nodes.len() {
                 if self.nodes[n].child.is_some()
-                    && let Ok(Ok(tenant)) = tokio::time::timeout(Duration::from_secs(2), self.tenant(n, name)).await
+                    && let Ok(Ok(tenant)) =
+                        tokio::time::timeout(Duration::from_secs(2), self.tenant(n, name)).await
                     && tenant.leader == self.nodes[n].config.name
                 {
                     return Ok(n);
@@ -267,7 +320,10 @@ impl Region {
 
     /// An etcd client of tenant `name`, logged in at these nodes.
     pub async fn client_at(&self, name: &str, nodes: &[usize]) -> Result<Client> {
-        let endpoints: Vec<String> = nodes.iter().map(|n| self.nodes[*n].config.client_address.to_string()).collect();
+        let endpoints: Vec<String> = nodes
+            .iter()
+            .map(|n| self.nodes[*n].config.client_address.to_string())
+            .collect();
         connect(&endpoints, name).await
     }
 
@@ -283,7 +339,12 @@ impl Region {
             if tenant.archived >= tenant.applied {
                 return Ok(());
             }
-            ensure!(Instant::now() < deadline, "tenant {name} is not archived: {} of {}", tenant.archived, tenant.applied);
+            ensure!(
+                Instant::now() < deadline,
+                "tenant {name} is not archived: {} of {}",
+                tenant.archived,
+                tenant.applied
+            );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
@@ -291,10 +352,20 @@ impl Region {
     /// Runs `holdfast`; answers whether it succeeded, and what it printed.
     pub async fn holdfast(&self, arguments: &[&str]) -> Result<(bool, String)> {
         let mut command = tokio::process::Command::new(crate::binary("holdfast"));
-        command.arg("--config").arg(self.dir.path().join("operator.toml")).args(arguments);
-        let out = command.stdin(Stdio::null()).output().await.context("holdfast")?;
+        command
+            .arg("--config")
+            .arg(self.dir.path().join("operator.toml"))
+            .args(arguments);
+        let out = command
+            .stdin(Stdio::null())
+            .output()
+            .await
+            .context("holdfast")?;
         let printed = [out.stdout, out.stderr].concat();
-        Ok((out.status.success(), String::from_utf8_lossy(&printed).into_owned()))
+        Ok((
+            out.status.success(),
+            String::from_utf8_lossy(&printed).into_owned(),
+        ))
     }
 
     /// Loses every node and every disk, and restores from the bucket.

@@ -53,10 +53,18 @@ pub fn free_port() -> Result<u16> {
 }
 
 pub fn tool(name: &str) -> Result<PathBuf> {
-    let root = std::env::var("HOLDFAST_TOOLS")
-        .unwrap_or_else(|_| format!("{}/.cache/holdfast/tools", std::env::var("HOME").unwrap_or_default()));
+    let root = std::env::var("HOLDFAST_TOOLS").unwrap_or_else(|_| {
+        format!(
+            "{}/.cache/holdfast/tools",
+            std::env::var("HOME").unwrap_or_default()
+        )
+    });
     let path = Path::new(&root).join("bin").join(name);
-    ensure!(path.exists(), "{name} cannot be had: {} does not exist; run tools/setup test", path.display());
+    ensure!(
+        path.exists(),
+        "{name} cannot be had: {} does not exist; run tools/setup test",
+        path.display()
+    );
     Ok(path)
 }
 
@@ -64,16 +72,25 @@ fn spawn(mut command: Command, dir: &tempfile::TempDir) -> Result<Child> {
     use std::os::unix::process::CommandExt;
     let out = std::fs::File::create(dir.path().join("server.log"))?;
     command.process_group(0);
-    command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
+    command
+        .stdin(Stdio::null())
+        .stdout(out.try_clone()?)
+        .stderr(out);
     Ok(command.spawn()?)
 }
 
 async fn listening(server: &mut Server, port: u16, within: Duration) -> Result<()> {
     let deadline = Instant::now() + within;
-    while tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_err() {
+    while tokio::net::TcpStream::connect(("127.0.0.1", port))
+        .await
+        .is_err()
+    {
         let ended = server.child.try_wait()?;
         let log = std::fs::read_to_string(server.dir.path().join("server.log")).unwrap_or_default();
-        ensure!(ended.is_none() && Instant::now() < deadline, "the server does not listen: {ended:?}\n{log}");
+        ensure!(
+            ended.is_none() && Instant::now() < deadline,
+            "the server does not listen: {ended:?}\n{log}"
+        );
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     Ok(())
@@ -83,12 +100,29 @@ pub async fn minio() -> Result<Server> {
     let (dir, port, console) = (tempfile::tempdir()?, free_port()?, free_port()?);
     let mut command = Command::new(tool("minio")?);
     command
-        .args(["server", "--quiet", "--address", &format!("127.0.0.1:{port}"), "--console-address", &format!("127.0.0.1:{console}")])
+        .args([
+            "server",
+            "--quiet",
+            "--address",
+            &format!("127.0.0.1:{port}"),
+            "--console-address",
+            &format!("127.0.0.1:{console}"),
+        ])
         .arg(dir.path().join("data"))
-        .envs([("MINIO_ROOT_USER", USER), ("MINIO_ROOT_PASSWORD", SECRET), ("MINIO_REGION", CLOUD_REGION)]);
+        .envs([
+            ("MINIO_ROOT_USER", USER),
+            ("MINIO_ROOT_PASSWORD", SECRET),
+            ("MINIO_REGION", CLOUD_REGION),
+        ]);
     let child = spawn(command, &dir)?;
-    let mut server = Server { child, endpoint: format!("http://127.0.0.1:{port}"), dir };
-    listening(&mut server, port, Duration::from_secs(30)).await.context("MinIO")?;
+    let mut server = Server {
+        child,
+        endpoint: format!("http://127.0.0.1:{port}"),
+        dir,
+    };
+    listening(&mut server, port, Duration::from_secs(30))
+        .await
+        .context("MinIO")?;
     Ok(server)
 }
 
@@ -99,12 +133,29 @@ pub async fn seaweedfs() -> Result<Server> {
     command
         .arg("mini")
         .arg(format!("-dir={}", dir.path().join("data").display()))
-        .args(["-ip=127.0.0.1", "-ip.bind=127.0.0.1", &format!("-s3.port={port}")])
-        .args([format!("-master.port={}", free_port()?), format!("-volume.port={}", free_port()?), format!("-filer.port={}", free_port()?)])
-        .envs([("AWS_ACCESS_KEY_ID", USER), ("AWS_SECRET_ACCESS_KEY", SECRET)]);
+        .args([
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            &format!("-s3.port={port}"),
+        ])
+        .args([
+            format!("-master.port={}", free_port()?),
+            format!("-volume.port={}", free_port()?),
+            format!("-filer.port={}", free_port()?),
+        ])
+        .envs([
+            ("AWS_ACCESS_KEY_ID", USER),
+            ("AWS_SECRET_ACCESS_KEY", SECRET),
+        ]);
     let child = spawn(command, &dir)?;
-    let mut server = Server { child, endpoint: format!("http://127.0.0.1:{port}"), dir };
-    listening(&mut server, port, Duration::from_secs(60)).await.context("SeaweedFS")?;
+    let mut server = Server {
+        child,
+        endpoint: format!("http://127.0.0.1:{port}"),
+        dir,
+    };
+    listening(&mut server, port, Duration::from_secs(60))
+        .await
+        .context("SeaweedFS")?;
     Ok(server)
 }
 
@@ -116,15 +167,24 @@ pub async fn localstack() -> Result<Server> {
         ("SERVICES", "s3,kms".to_string()),
         ("GATEWAY_LISTEN", format!("127.0.0.1:{port}")),
         ("EAGER_SERVICE_LOADING", "1".into()),
-        ("LOCALSTACK_VOLUME_DIR", dir.path().join("volume").display().to_string()),
+        (
+            "LOCALSTACK_VOLUME_DIR",
+            dir.path().join("volume").display().to_string(),
+        ),
         ("TMPDIR", dir.path().display().to_string()),
         ("DNS_ADDRESS", "0".into()),
         ("DISABLE_EVENTS", "1".into()),
         ("SKIP_SSL_CERT_DOWNLOAD", "1".into()),
     ]);
     let child = spawn(command, &dir)?;
-    let mut server = Server { child, endpoint: format!("http://127.0.0.1:{port}"), dir };
-    listening(&mut server, port, Duration::from_secs(120)).await.context("LocalStack")?;
+    let mut server = Server {
+        child,
+        endpoint: format!("http://127.0.0.1:{port}"),
+        dir,
+    };
+    listening(&mut server, port, Duration::from_secs(120))
+        .await
+        .context("LocalStack")?;
     Ok(server)
 }
 
@@ -137,17 +197,40 @@ pub async fn etcd() -> Result<Server> {
     command
         .arg("--data-dir")
         .arg(dir.path().join("data"))
-        .args(["--name", "one", "--listen-client-urls", &url, "--advertise-client-urls", &url])
-        .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer, "--initial-cluster", &format!("one={peer}")]);
+        .args([
+            "--name",
+            "one",
+            "--listen-client-urls",
+            &url,
+            "--advertise-client-urls",
+            &url,
+        ])
+        .args([
+            "--listen-peer-urls",
+            &peer,
+            "--initial-advertise-peer-urls",
+            &peer,
+            "--initial-cluster",
+            &format!("one={peer}"),
+        ]);
     let child = spawn(command, &dir)?;
-    let mut server = Server { child, endpoint: url, dir };
-    listening(&mut server, port, Duration::from_secs(30)).await.context("etcd")?;
+    let mut server = Server {
+        child,
+        endpoint: url,
+        dir,
+    };
+    listening(&mut server, port, Duration::from_secs(30))
+        .await
+        .context("etcd")?;
     Ok(server)
 }
 
 /// Credentials for daemons that use these servers.
 pub fn credentials() -> Vec<(String, String)> {
-    vec![("AWS_ACCESS_KEY_ID".into(), USER.into()), ("AWS_SECRET_ACCESS_KEY".into(), SECRET.into())]
+    vec![
+        ("AWS_ACCESS_KEY_ID".into(), USER.into()),
+        ("AWS_SECRET_ACCESS_KEY".into(), SECRET.into()),
+    ]
 }
 
 pub fn s3(endpoint: &str, bucket: &str) -> Result<impl ObjectStore> {
@@ -169,8 +252,23 @@ pub async fn make_bucket(endpoint: &str, bucket: &str) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(90);
     loop {
         let out = tokio::process::Command::new("curl")
-            .args(["-sS", "-o", "/dev/null", "-w", "%{http_code}", "-X", "PUT", "--max-time", "20"])
-            .args(["--aws-sigv4", &format!("aws:amz:{CLOUD_REGION}:s3"), "--user", &format!("{USER}:{SECRET}")])
+            .args([
+                "-sS",
+                "-o",
+                "/dev/null",
+                "-w",
+                "%{http_code}",
+                "-X",
+                "PUT",
+                "--max-time",
+                "20",
+            ])
+            .args([
+                "--aws-sigv4",
+                &format!("aws:amz:{CLOUD_REGION}:s3"),
+                "--user",
+                &format!("{USER}:{SECRET}"),
+            ])
             .args(["-H", "x-amz-content-sha256: UNSIGNED-PAYLOAD"])
             .args(["--data-binary", &body, &format!("{endpoint}/{bucket}")])
             .output()
@@ -179,7 +277,11 @@ pub async fn make_bucket(endpoint: &str, bucket: &str) -> Result<()> {
         if code == "200" {
             return Ok(());
         }
-        ensure!(Instant::now() < deadline, "bucket {bucket} cannot be made: {code} {}", String::from_utf8_lossy(&out.stderr));
+        ensure!(
+            Instant::now() < deadline,
+            "bucket {bucket} cannot be made: {code} {}",
+            String::from_utf8_lossy(&out.stderr)
+        );
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
 }
@@ -202,7 +304,9 @@ impl EtcdCluster {
                 if let Ok(mut client) = etcd_client::Client::connect([&member.endpoint], None).await
                     && let Ok(status) = client.status().await
                     && status.leader() != 0
-                    && status.header().is_some_and(|h| h.member_id() == status.leader())
+                    && status
+                        .header()
+                        .is_some_and(|h| h.member_id() == status.leader())
                 {
                     return Ok(member.endpoint.clone());
                 }
@@ -214,24 +318,56 @@ impl EtcdCluster {
 }
 
 pub async fn etcd_cluster() -> Result<EtcdCluster> {
-    let ports: Vec<(u16, u16)> = (0..3).map(|_| Ok((free_port()?, free_port()?))).collect::<Result<_>>()?;
-    let peers: Vec<String> = ports.iter().enumerate().map(|(n, p)| format!("e{n}=http://127.0.0.1:{}", p.1)).collect();
+    let ports: Vec<(u16, u16)> = (0..3)
+        .map(|_| Ok((free_port()?, free_port()?)))
+        .collect::<Result<_>>()?;
+    let peers: Vec<String> = ports
+        .iter()
+        .enumerate()
+        .map(|(n, p)| format!("e{n}=http://127.0.0.1:{}", p.1))
+        .collect();
     let mut members = Vec::new();
     for (n, (port, peer)) in ports.iter().enumerate() {
         let dir = tempfile::tempdir()?;
-        let (url, peer) = (format!("http://127.0.0.1:{port}"), format!("http://127.0.0.1:{peer}"));
+        let (url, peer) = (
+            format!("http://127.0.0.1:{port}"),
+            format!("http://127.0.0.1:{peer}"),
+        );
         let mut command = Command::new(tool("etcd")?);
         command
             .arg("--data-dir")
             .arg(dir.path().join("data"))
-            .args(["--name", &format!("e{n}"), "--listen-client-urls", &url, "--advertise-client-urls", &url])
-            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &peers.join(","), "--quota-backend-bytes", "8589934592"]);
+            .args([
+                "--name",
+                &format!("e{n}"),
+                "--listen-client-urls",
+                &url,
+                "--advertise-client-urls",
+                &url,
+            ])
+            .args([
+                "--listen-peer-urls",
+                &peer,
+                "--initial-advertise-peer-urls",
+                &peer,
+            ])
+            .args([
+                "--initial-cluster",
+                &peers.join(","),
+                "--quota-backend-bytes",
+                "8589934592",
+            ]);
         let child = spawn(command, &dir)?;
-        members.push(Server { child, endpoint: url, dir });
+        members.push(Server {
+            child,
+            endpoint: url,
+            dir,
+        });
     }
     for (member, (port, _)) in members.iter_mut().zip(&ports) {
-        listening(member, *port, Duration::from_secs(30)).await.context("etcd")?;
+        listening(member, *port, Duration::from_secs(30))
+            .await
+            .context("etcd")?;
     }
     Ok(EtcdCluster { members })
 }

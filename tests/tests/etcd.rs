@@ -49,15 +49,31 @@ fn range(rng: &mut StdRng, revision: i64) -> RangeRequest {
     RangeRequest {
         key: key(rng).into(),
         range_end: end(rng).into(),
-        limit: if rng.random_bool(0.3) { rng.random_range(-1..5) } else { 0 },
-        revision: if rng.random_bool(0.3) { rng.random_range(-1..revision + 3) } else { 0 },
+        limit: if rng.random_bool(0.3) {
+            rng.random_range(-1..5)
+        } else {
+            0
+        },
+        revision: if rng.random_bool(0.3) {
+            rng.random_range(-1..revision + 3)
+        } else {
+            0
+        },
         sort_order: rng.random_range(0..4),
         sort_target: rng.random_range(0..6),
         serializable: rng.random_bool(0.3),
         keys_only: rng.random_bool(0.1),
         count_only: rng.random_bool(0.1),
-        min_mod_revision: if rng.random_bool(0.1) { rng.random_range(0..revision + 1) } else { 0 },
-        max_create_revision: if rng.random_bool(0.1) { rng.random_range(0..revision + 1) } else { 0 },
+        min_mod_revision: if rng.random_bool(0.1) {
+            rng.random_range(0..revision + 1)
+        } else {
+            0
+        },
+        max_create_revision: if rng.random_bool(0.1) {
+            rng.random_range(0..revision + 1)
+        } else {
+            0
+        },
         ..RangeRequest::default()
     }
 }
@@ -65,7 +81,11 @@ fn range(rng: &mut StdRng, revision: i64) -> RangeRequest {
 fn put(rng: &mut StdRng) -> PutRequest {
     PutRequest {
         key: key(rng).into(),
-        value: if rng.random_bool(0.8) { format!("v{}", rng.random_range(0..9)).into_bytes().into() } else { vec![].into() },
+        value: if rng.random_bool(0.8) {
+            format!("v{}", rng.random_range(0..9)).into_bytes().into()
+        } else {
+            vec![].into()
+        },
         lease: if rng.random_bool(0.03) { 77 } else { 0 },
         prev_kv: rng.random_bool(0.3),
         ignore_value: rng.random_bool(0.1),
@@ -77,7 +97,11 @@ fn delete(rng: &mut StdRng) -> DeleteRangeRequest {
     DeleteRangeRequest {
         key: key(rng).into(),
         // An inverted range inside a txn is treated oddly by etcd's interval tree.
-        range_end: if rng.random_bool(0.2) { b"z".to_vec().into() } else { vec![].into() },
+        range_end: if rng.random_bool(0.2) {
+            b"z".to_vec().into()
+        } else {
+            vec![].into()
+        },
         prev_kv: rng.random_bool(0.3),
     }
 }
@@ -97,7 +121,11 @@ fn txn(rng: &mut StdRng, revision: i64, depth: usize) -> TxnRequest {
             result: rng.random_range(0..4),
             target,
             key: key(rng).into(),
-            range_end: if rng.random_bool(0.2) { end(rng).into() } else { vec![].into() },
+            range_end: if rng.random_bool(0.2) {
+                end(rng).into()
+            } else {
+                vec![].into()
+            },
             target_union: Some(union),
         }
     };
@@ -108,7 +136,9 @@ fn txn(rng: &mut StdRng, revision: i64, depth: usize) -> TxnRequest {
             6 if depth < 2 => TxnOp::RequestTxn(txn(rng, revision, depth + 1)),
             _ => TxnOp::RequestRange(range(rng, revision)),
         };
-        RequestOp { request: Some(request) }
+        RequestOp {
+            request: Some(request),
+        }
     };
     let compares = rng.random_range(0..3);
     let (then, otherwise) = (rng.random_range(0..4), rng.random_range(0..3));
@@ -123,16 +153,25 @@ fn ask(rng: &mut StdRng, revision: i64) -> Ask {
     match rng.random_range(0..100) {
         0..35 => Ask::Put(put(rng)),
         35..60 => Ask::Range(range(rng, revision)),
-        60..70 => Ask::Delete(DeleteRangeRequest { range_end: end(rng).into(), ..delete(rng) }),
+        60..70 => Ask::Delete(DeleteRangeRequest {
+            range_end: end(rng).into(),
+            ..delete(rng)
+        }),
         70..99 => Ask::Txn(txn(rng, revision, 0)),
-        _ => Ask::Compact(CompactionRequest { revision: rng.random_range(-1..revision + 2), physical: false }),
+        _ => Ask::Compact(CompactionRequest {
+            revision: rng.random_range(-1..revision + 2),
+            physical: false,
+        }),
     }
 }
 
 /// Headers differ in ids and term; the revision stays.
 fn strip(header: &mut Option<ResponseHeader>) -> i64 {
     let revision = header.as_ref().map_or(0, |h| h.revision);
-    *header = Some(ResponseHeader { revision, ..ResponseHeader::default() });
+    *header = Some(ResponseHeader {
+        revision,
+        ..ResponseHeader::default()
+    });
     revision
 }
 
@@ -154,25 +193,46 @@ async fn answer(client: &mut KvClient<Channel>, token: Option<&str>, ask: &Ask) 
     fn request<T>(message: T, token: Option<&str>) -> tonic::Request<T> {
         let mut request = tonic::Request::new(message);
         if let Some(token) = token {
-            request.metadata_mut().insert("token", token.parse().unwrap());
+            request
+                .metadata_mut()
+                .insert("token", token.parse().expect("a token is ASCII"));
         }
         request
     }
     macro_rules! go {
         ($call:ident, $message:expr, $strip:expr) => {
-            client.$call(request($message.clone(), token)).await.map(|r| {
-                let mut r = r.into_inner();
-                let revision = $strip(&mut r);
-                (format!("{r:?} {:x?}", r.encode_to_vec()), revision)
-            })
+            client
+                .$call(request($message.clone(), token))
+                .await
+                .map(|r| {
+                    let mut r = r.into_inner();
+                    let revision = $strip(&mut r);
+                    (format!("{r:?} {:x?}", r.encode_to_vec()), revision)
+                })
         };
     }
     let result: Result<(String, i64), Status> = match ask {
-        Ask::Range(m) => go!(range, m, |r: &mut replication::proto::etcdserverpb::RangeResponse| strip(&mut r.header)),
-        Ask::Put(m) => go!(put, m, |r: &mut replication::proto::etcdserverpb::PutResponse| strip(&mut r.header)),
-        Ask::Delete(m) => go!(delete_range, m, |r: &mut replication::proto::etcdserverpb::DeleteRangeResponse| strip(&mut r.header)),
+        Ask::Range(m) => go!(
+            range,
+            m,
+            |r: &mut replication::proto::etcdserverpb::RangeResponse| strip(&mut r.header)
+        ),
+        Ask::Put(m) => go!(
+            put,
+            m,
+            |r: &mut replication::proto::etcdserverpb::PutResponse| strip(&mut r.header)
+        ),
+        Ask::Delete(m) => go!(
+            delete_range,
+            m,
+            |r: &mut replication::proto::etcdserverpb::DeleteRangeResponse| strip(&mut r.header)
+        ),
         Ask::Txn(m) => go!(txn, m, strip_txn),
-        Ask::Compact(m) => go!(compact, m, |r: &mut replication::proto::etcdserverpb::CompactionResponse| strip(&mut r.header)),
+        Ask::Compact(m) => go!(
+            compact,
+            m,
+            |r: &mut replication::proto::etcdserverpb::CompactionResponse| strip(&mut r.header)
+        ),
     };
     match result {
         Ok(ok) => ok,
@@ -196,7 +256,10 @@ async fn random_requests_are_answered_as_etcd_answers_them() -> Result<()> {
     let token = auth.authenticate(login).await?.into_inner().token;
     let mut ours = KvClient::connect(url).await?;
     let mut theirs = KvClient::connect(etcd.endpoint.clone()).await?;
-    let seed: u64 = std::env::var("SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
+    let seed: u64 = std::env::var("SEED")
+        .ok()
+        .and_then(|s| s.parse().ok())
+        .unwrap_or(1);
     let mut rng = StdRng::seed_from_u64(seed);
     let mut revision = 1;
     for n in 0..REQUESTS {
@@ -211,7 +274,10 @@ async fn random_requests_are_answered_as_etcd_answers_them() -> Result<()> {
             Ask::Txn(m) => format!("{m:?}"),
             Ask::Compact(m) => format!("{m:?}"),
         };
-        ensure!(ours == theirs, "seed {seed}, request {n}: {shown}\n  etcd: {theirs}\n  ours: {ours}");
+        ensure!(
+            ours == theirs,
+            "seed {seed}, request {n}: {shown}\n  etcd: {theirs}\n  ours: {ours}"
+        );
     }
     Ok(())
 }
@@ -220,12 +286,19 @@ async fn random_requests_are_answered_as_etcd_answers_them() -> Result<()> {
 async fn etcdctl_works_unchanged() -> Result<()> {
     let region = Region::started().await?;
     region.create_tenant("acme", "standard", 0, 0).await?;
-    let endpoints: Vec<String> = (0..3).map(|n| region.client_address(n).to_string()).collect();
+    let endpoints: Vec<String> = (0..3)
+        .map(|n| region.client_address(n).to_string())
+        .collect();
     let etcdctl = servers::tool("etcdctl")?;
     let run = |arguments: &[&str], input: &str| {
         use std::io::Write;
         let mut child = std::process::Command::new(&etcdctl)
-            .args(["--endpoints", &endpoints.join(","), "--user", &format!("app@acme:{PASSWORD}")])
+            .args([
+                "--endpoints",
+                &endpoints.join(","),
+                "--user",
+                &format!("app@acme:{PASSWORD}"),
+            ])
             .args(arguments)
             .stdin(std::process::Stdio::piped())
             .stdout(std::process::Stdio::piped())
@@ -252,10 +325,19 @@ async fn etcdctl_works_unchanged() -> Result<()> {
     ensure!(run(&["endpoint", "hashkv"], "")?.lines().count() == 3);
     // Another tenant's password, and none.
     let wrong = std::process::Command::new(&etcdctl)
-        .args(["--endpoints", &endpoints[0], "--user", "app@acme:wrong", "get", "b"])
+        .args([
+            "--endpoints",
+            &endpoints[0],
+            "--user",
+            "app@acme:wrong",
+            "get",
+            "b",
+        ])
         .output()?;
     ensure!(String::from_utf8_lossy(&wrong.stderr).contains("authentication failed"));
-    let none = std::process::Command::new(&etcdctl).args(["--endpoints", &endpoints[0], "get", "b"]).output()?;
+    let none = std::process::Command::new(&etcdctl)
+        .args(["--endpoints", &endpoints[0], "get", "b"])
+        .output()?;
     ensure!(!none.status.success() && none.stdout.is_empty());
     Ok(())
 }

@@ -20,7 +20,13 @@ fn number(bytes: &[u8]) -> Option<u64> {
 }
 
 /// One client's operations on random keys, recorded, until told to stop.
-async fn work(mut client: Client, clock: Arc<AtomicU64>, next: Arc<AtomicU64>, stop: Arc<AtomicBool>, histories: Arc<Vec<Mutex<Vec<Call>>>>) {
+async fn work(
+    mut client: Client,
+    clock: Arc<AtomicU64>,
+    next: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    histories: Arc<Vec<Mutex<Vec<Call>>>>,
+) {
     while !stop.load(Ordering::Relaxed) {
         let n = rand::rng().random_range(0..KEYS);
         let key = format!("register/{n}");
@@ -31,7 +37,10 @@ async fn work(mut client: Client, clock: Arc<AtomicU64>, next: Arc<AtomicU64>, s
             0..4 => {
                 let answer = client.get(key, None).await;
                 match answer {
-                    Ok(found) => (Operation::Read(found.kvs().first().and_then(|kv| number(kv.value()))), true),
+                    Ok(found) => (
+                        Operation::Read(found.kvs().first().and_then(|kv| number(kv.value()))),
+                        true,
+                    ),
                     // Nothing is learned from a read that failed.
                     Err(_) => {
                         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -45,22 +54,37 @@ async fn work(mut client: Client, clock: Arc<AtomicU64>, next: Arc<AtomicU64>, s
             }
             7 => (Operation::Delete, client.delete(key, None).await.is_ok()),
             _ => {
-                let expected = histories[n].lock().iter().rev().find_map(|c| match c.operation {
-                    Operation::Put(v) if c.end.is_some() => Some(v),
-                    _ => None,
-                });
+                let expected = histories[n]
+                    .lock()
+                    .iter()
+                    .rev()
+                    .find_map(|c| match c.operation {
+                        Operation::Put(v) if c.end.is_some() => Some(v),
+                        _ => None,
+                    });
                 let Some(expected) = expected else { continue };
                 let txn = Txn::new()
-                    .when([Compare::value(key.clone(), CompareOp::Equal, expected.to_string())])
+                    .when([Compare::value(
+                        key.clone(),
+                        CompareOp::Equal,
+                        expected.to_string(),
+                    )])
                     .and_then([TxnOp::put(key, fresh.to_string(), None)]);
                 match client.txn(txn).await {
-                    Ok(answer) => (Operation::Swap(Some(expected), fresh, Some(answer.succeeded())), true),
+                    Ok(answer) => (
+                        Operation::Swap(Some(expected), fresh, Some(answer.succeeded())),
+                        true,
+                    ),
                     Err(_) => (Operation::Swap(Some(expected), fresh, None), false),
                 }
             }
         };
         let end = clock.fetch_add(1, Ordering::SeqCst);
-        let call = Call { start, end: known.then_some(end), operation };
+        let call = Call {
+            start,
+            end: known.then_some(end),
+            operation,
+        };
         histories[n].lock().push(call);
         // Bounds how many calls overlap, and with them the check.
         tokio::time::sleep(Duration::from_millis(if known { 40 } else { 200 })).await;
@@ -74,11 +98,18 @@ async fn histories_are_linearizable_through_kills_and_pauses() -> Result<()> {
     region.create_tenant("acme", "standard", 0, 0).await?;
     let (clock, next) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(1)));
     let stop = Arc::new(AtomicBool::new(false));
-    let histories: Arc<Vec<Mutex<Vec<Call>>>> = Arc::new((0..KEYS).map(|_| Mutex::default()).collect());
+    let histories: Arc<Vec<Mutex<Vec<Call>>>> =
+        Arc::new((0..KEYS).map(|_| Mutex::default()).collect());
     let mut clients = tokio::task::JoinSet::new();
     for n in 0..CLIENTS {
         let client = region.client_at("acme", &[n % 3]).await?;
-        clients.spawn(work(client, clock.clone(), next.clone(), stop.clone(), histories.clone()));
+        clients.spawn(work(
+            client,
+            clock.clone(),
+            next.clone(),
+            stop.clone(),
+            histories.clone(),
+        ));
     }
     for round in 0..4 {
         tokio::time::sleep(Duration::from_millis(1500)).await;
@@ -102,15 +133,24 @@ async fn histories_are_linearizable_through_kills_and_pauses() -> Result<()> {
     for (n, history) in histories.iter().enumerate() {
         let mut history = history.lock().clone();
         calls += history.len();
-        ensure!(check(&history), "register/{n} is not linearizable: {history:?}");
+        ensure!(
+            check(&history),
+            "register/{n} is not linearizable: {history:?}"
+        );
         // The control: one falsified answer must be found.
         history.sort_by_key(|c| c.start);
-        if let Some(read) = history.iter_mut().find(|c| matches!(c.operation, Operation::Read(_))) {
+        if let Some(read) = history
+            .iter_mut()
+            .find(|c| matches!(c.operation, Operation::Read(_)))
+        {
             read.operation = Operation::Read(Some(u64::MAX));
             let end = read.end;
             // What came later explains nothing.
             history.retain(|c| Some(c.start) < end);
-            ensure!(!check(&history), "register/{n}: a falsified read was not found");
+            ensure!(
+                !check(&history),
+                "register/{n}: a falsified read was not found"
+            );
         }
     }
     ensure!(calls > 300, "only {calls} calls were made");
@@ -127,14 +167,23 @@ async fn without_a_majority_nothing_is_acknowledged() -> Result<()> {
     client.put("k", "1", None).await?;
     region.nodes[1].kill();
     region.nodes[2].kill();
-    ensure!(client.put("k", "2", None).await.is_err(), "a write was acknowledged without a majority");
-    ensure!(client.get("k", None).await.is_err(), "a linearizable read was answered without a majority");
+    ensure!(
+        client.put("k", "2", None).await.is_err(),
+        "a write was acknowledged without a majority"
+    );
+    ensure!(
+        client.get("k", None).await.is_err(),
+        "a linearizable read was answered without a majority"
+    );
     let serializable = etcd_client::GetOptions::new().with_serializable();
     ensure!(client.get("k", Some(serializable)).await?.kvs().len() == 1);
     region.start(1)?;
     let deadline = Instant::now() + Duration::from_secs(30);
     while client.put("k", "3", None).await.is_err() {
-        ensure!(Instant::now() < deadline, "writes do not go on with a majority");
+        ensure!(
+            Instant::now() < deadline,
+            "writes do not go on with a majority"
+        );
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     Ok(())
@@ -151,7 +200,11 @@ async fn all_nodes_killed_at_once_lose_nothing() -> Result<()> {
         let (mut client, acknowledged) = (client.clone(), acknowledged.clone());
         async move {
             for n in 0..u64::MAX {
-                if client.put(format!("n/{n:06}"), n.to_string(), None).await.is_err() {
+                if client
+                    .put(format!("n/{n:06}"), n.to_string(), None)
+                    .await
+                    .is_err()
+                {
                     return;
                 }
                 acknowledged.store(n + 1, Ordering::SeqCst);
@@ -166,9 +219,14 @@ async fn all_nodes_killed_at_once_lose_nothing() -> Result<()> {
     region.start_all()?;
     region.serving().await?;
     let mut client = region.client("acme").await?;
-    let options = etcd_client::GetOptions::new().with_prefix().with_count_only();
+    let options = etcd_client::GetOptions::new()
+        .with_prefix()
+        .with_count_only();
     let found = client.get("n/", Some(options)).await?.count();
-    ensure!(found >= count as i64, "{count} writes were acknowledged, {found} are there");
+    ensure!(
+        found >= count as i64,
+        "{count} writes were acknowledged, {found} are there"
+    );
     Ok(())
 }
 
@@ -179,9 +237,14 @@ async fn a_failing_fsync_stops_the_process() -> Result<()> {
     region.create_tenant("acme", "standard", 0, 0).await?;
     let victim = (region.leader("acme").await? + 1) % 3;
     region.nodes[victim].kill();
-    region.wrapper = ["fiu-run", "-x", "-c", "enable_random name=posix/io/sync/*,probability=0.02"]
-        .map(String::from)
-        .to_vec();
+    region.wrapper = [
+        "fiu-run",
+        "-x",
+        "-c",
+        "enable_random name=posix/io/sync/*,probability=0.02",
+    ]
+    .map(String::from)
+    .to_vec();
     region.start(victim)?;
     region.wrapper.clear();
     let mut client = region.client_at("acme", &[(victim + 1) % 3]).await?;
@@ -193,7 +256,10 @@ async fn a_failing_fsync_stops_the_process() -> Result<()> {
         if let Some(status) = region.nodes[victim].ended() {
             break status;
         }
-        ensure!(Instant::now() < deadline, "the daemon goes on although fsync fails");
+        ensure!(
+            Instant::now() < deadline,
+            "the daemon goes on although fsync fails"
+        );
     };
     ensure!(!status.success(), "it ended with {status}");
     // It comes back with a sound disk, and nothing is lost.
@@ -214,7 +280,11 @@ fn sightings(region: &Region) -> Vec<String> {
         bytes.windows(CANARY.len()).any(|w| w == CANARY)
     };
     let files = files_below(region.dir.path());
-    files.iter().filter(|f| seen(f)).map(|f| f.display().to_string()).collect()
+    files
+        .iter()
+        .filter(|f| seen(f))
+        .map(|f| f.display().to_string())
+        .collect()
 }
 
 /// The canary as key and as value: in no file of a node, no object and no log line. With a null
@@ -224,19 +294,27 @@ async fn the_canary_is_nowhere_in_clear() -> Result<()> {
     for null_cipher in [false, true] {
         let mut region = Region::new()?;
         if null_cipher {
-            region.environment.push(("HOLDFAST_TEST_NULL_CIPHER".into(), "1".into()));
+            region
+                .environment
+                .push(("HOLDFAST_TEST_NULL_CIPHER".into(), "1".into()));
         }
         region.start_all()?;
         region.serving().await?;
-        region.create_tenant("acme", "enhanced", 200, 60_000).await?;
+        region
+            .create_tenant("acme", "enhanced", 200, 60_000)
+            .await?;
         let mut client = region.client("acme").await?;
         let canary = std::str::from_utf8(CANARY)?;
         // More than a checkpoint's worth, incompressible, so that memtables are flushed.
         let mut filler = vec![0u8; 1 << 20];
         for n in 0..80 {
             rand::rng().fill(&mut filler[..]);
-            client.put(format!("filler/{n}"), filler.clone(), None).await?;
-            client.put(format!("{canary}/{n}"), format!("{canary} {n}"), None).await?;
+            client
+                .put(format!("filler/{n}"), filler.clone(), None)
+                .await?;
+            client
+                .put(format!("{canary}/{n}"), format!("{canary} {n}"), None)
+                .await?;
         }
         region.archived("acme").await?;
         tokio::time::sleep(Duration::from_secs(5)).await;
@@ -244,7 +322,10 @@ async fn the_canary_is_nowhere_in_clear() -> Result<()> {
         let seen = sightings(&region);
         match null_cipher {
             false => ensure!(seen.is_empty(), "the canary stands in {seen:?}"),
-            true => ensure!(!seen.is_empty(), "the control found nothing: the test could not fail"),
+            true => ensure!(
+                !seen.is_empty(),
+                "the control found nothing: the test could not fail"
+            ),
         }
     }
     Ok(())

@@ -12,7 +12,9 @@ use replication::archive::bucket::BucketConfig;
 
 async fn fill(client: &mut Client, count: usize) -> Result<()> {
     for n in 0..count {
-        client.put(format!("key/{n:04}"), format!("value {n}"), None).await?;
+        client
+            .put(format!("key/{n:04}"), format!("value {n}"), None)
+            .await?;
     }
     Ok(())
 }
@@ -21,7 +23,10 @@ async fn check(client: &mut Client, count: usize) -> Result<()> {
     for n in 0..count {
         let found = client.get(format!("key/{n:04}"), None).await?;
         let value = found.kvs().first().map(|kv| kv.value().to_vec());
-        ensure!(value == Some(format!("value {n}").into_bytes()), "key/{n:04} is {value:?}");
+        ensure!(
+            value == Some(format!("value {n}").into_bytes()),
+            "key/{n:04} is {value:?}"
+        );
     }
     Ok(())
 }
@@ -42,10 +47,16 @@ fn links(region: &Region, incarnation: u32) -> Vec<PathBuf> {
     let wanted = format!("/{incarnation:010}/chain/");
     for file in files_below(&region.bucket()) {
         if file.to_string_lossy().contains(&wanted) {
-            chains.entry(file.parent().unwrap().to_path_buf()).or_default().push(file);
+            chains
+                .entry(file.parent().unwrap_or(&file).to_path_buf())
+                .or_default()
+                .push(file);
         }
     }
-    let mut longest = chains.into_values().max_by_key(Vec::len).unwrap_or_default();
+    let mut longest = chains
+        .into_values()
+        .max_by_key(Vec::len)
+        .unwrap_or_default();
     longest.sort();
     longest
 }
@@ -53,7 +64,9 @@ fn links(region: &Region, incarnation: u32) -> Vec<PathBuf> {
 /// A region with acme, archived, whose directory knows of its newest link.
 async fn filled() -> Result<Region> {
     let region = Region::started().await?;
-    region.create_tenant("acme", "enhanced", 100, 60_000).await?;
+    region
+        .create_tenant("acme", "enhanced", 100, 60_000)
+        .await?;
     region.create_tenant("globex", "standard", 0, 0).await?;
     let mut other = region.client("globex").await?;
     fill(&mut other, 3).await?;
@@ -76,8 +89,16 @@ async fn restores_twice_and_goes_on() -> Result<()> {
         check(&mut client, 100).await?;
         // A majority joins, and writes go on, at a revision a thousand million higher.
         write(&mut client, &format!("round/{round}")).await?;
-        let revision = client.get("round/1", None).await?.header().unwrap().revision();
-        ensure!(revision > i64::from(round) * 1_000_000_000, "revision {revision}");
+        let revision = client
+            .get("round/1", None)
+            .await?
+            .header()
+            .unwrap()
+            .revision();
+        ensure!(
+            revision > i64::from(round) * 1_000_000_000,
+            "revision {revision}"
+        );
         region.archived("acme").await?;
         tokio::time::sleep(Duration::from_secs(3)).await;
     }
@@ -114,9 +135,13 @@ async fn damage_is_refused_by_name_and_others_are_restored() -> Result<()> {
             _ => std::fs::write(&victim, &bytes[..bytes.len() / 2])?,
         }
         let (ok, table) = region.lose_and_restore().await?;
-        ensure!(!ok && table.contains("acme is NOT restored"), "{damage}: {table}");
+        ensure!(
+            !ok && table.contains("acme is NOT restored"),
+            "{damage}: {table}"
+        );
         let name = victim.file_name().unwrap().to_string_lossy().into_owned();
-        let named = table.contains(&name) || (damage == "older" && table.contains("the bucket is older"));
+        let named =
+            table.contains(&name) || (damage == "older" && table.contains("the bucket is older"));
         ensure!(named, "{damage}: {name} is not named: {table}");
         let mut other = region.client("globex").await?;
         check(&mut other, 3).await?;
@@ -139,11 +164,19 @@ async fn a_tenant_whose_key_is_away_or_swapped_is_refused() -> Result<()> {
         .into_iter()
         .filter(|f| f.to_string_lossy().contains("/keys/"))
         .collect();
-    let of = |key: &str| wrapped.iter().find(|f| std::fs::read_to_string(f).unwrap().contains(key)).unwrap();
+    let of = |key: &str| {
+        wrapped
+            .iter()
+            .find(|f| std::fs::read_to_string(f).unwrap().contains(key))
+            .unwrap()
+    };
     let (acme, globex) = (of("local:acme"), of("local:globex"));
     std::fs::copy(globex, acme)?;
     let (ok, table) = region.lose_and_restore().await?;
-    ensure!(!ok && table.contains("acme is NOT restored") && table.contains("is tenant"), "{table}");
+    ensure!(
+        !ok && table.contains("acme is NOT restored") && table.contains("is tenant"),
+        "{table}"
+    );
     check(&mut region.client("globex").await?, 3).await
 }
 
@@ -169,7 +202,10 @@ async fn an_old_region_that_still_runs_is_fenced() -> Result<()> {
     // The old leader meets the closed chain when it looks or writes next.
     let deadline = Instant::now() + Duration::from_secs(30);
     while old.put("too", "late", None).await.is_ok() {
-        ensure!(Instant::now() < deadline, "the old region still takes writes");
+        ensure!(
+            Instant::now() < deadline,
+            "the old region still takes writes"
+        );
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let mut client = new.client("acme").await?;
@@ -193,7 +229,9 @@ async fn restores_from_real_object_stores() -> Result<()> {
         region.environment = servers::credentials();
         region.start_all()?;
         region.serving().await?;
-        region.create_tenant("acme", "enhanced", 500, 60_000).await?;
+        region
+            .create_tenant("acme", "enhanced", 500, 60_000)
+            .await?;
         fill(&mut region.client("acme").await?, 200).await?;
         region.archived("acme").await?;
         let (ok, table) = region.lose_and_restore().await?;
@@ -217,7 +255,9 @@ async fn service_goes_on_without_the_bucket() -> Result<()> {
     region.environment = servers::credentials();
     region.start_all()?;
     region.serving().await?;
-    region.create_tenant("acme", "enhanced", 500, 60_000).await?;
+    region
+        .create_tenant("acme", "enhanced", 500, 60_000)
+        .await?;
     let mut client = region.client("acme").await?;
     fill(&mut client, 20).await?;
     region.archived("acme").await?;
@@ -226,7 +266,11 @@ async fn service_goes_on_without_the_bucket() -> Result<()> {
     tokio::time::sleep(Duration::from_secs(4)).await;
     let leader = region.leader("acme").await?;
     let shown = region.tenant(leader, "acme").await?;
-    ensure!(shown.actual_rpo_ms > 2_000 && shown.archived < shown.applied, "the ledger says {} ms", shown.actual_rpo_ms);
+    ensure!(
+        shown.actual_rpo_ms > 2_000 && shown.archived < shown.applied,
+        "the ledger says {} ms",
+        shown.actual_rpo_ms
+    );
     minio.resume();
     region.archived("acme").await?;
     check(&mut client, 50).await
@@ -243,6 +287,9 @@ async fn a_bucket_of_another_jurisdiction_is_refused() -> Result<()> {
         endpoint: None,
     };
     let problems = config.problems().join("\n");
-    ensure!(problems.contains("us-east-1") && problems.contains("jurisdiction eu"), "{problems}");
+    ensure!(
+        problems.contains("us-east-1") && problems.contains("jurisdiction eu"),
+        "{problems}"
+    );
     Ok(())
 }

@@ -35,7 +35,9 @@ pub fn routes(node: &Arc<Node>) -> Routes {
 struct AdminService(Arc<Node>);
 
 fn plain_name(what: &str, name: &str) -> Result<(), Status> {
-    let plain = name.bytes().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-');
+    let plain = name
+        .bytes()
+        .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-');
     if plain && !name.is_empty() && name.len() <= limits::MAX_NAME {
         return Ok(());
     }
@@ -49,20 +51,27 @@ impl AdminService {
     fn operator<T>(&self, request: &Request<T>) -> Result<(), Status> {
         let certificates = request.peer_certs();
         let first = certificates.as_ref().and_then(|c| c.first());
-        let first = first.ok_or_else(|| Status::unauthenticated("an operator's certificate is required"))?;
+        let first = first
+            .ok_or_else(|| Status::unauthenticated("an operator's certificate is required"))?;
         let identity = Identity::of(first).map_err(|e| Status::unauthenticated(e.to_string()))?;
         let ours = self.0.config.region;
-        identity.check_region(ours).map_err(|e| Status::permission_denied(e.to_string()))?;
+        identity
+            .check_region(ours)
+            .map_err(|e| Status::permission_denied(e.to_string()))?;
         match identity {
             Identity::Operator { .. } => Ok(()),
-            Identity::Node { .. } => Err(Status::permission_denied("a node's certificate is not an operator's")),
+            Identity::Node { .. } => Err(Status::permission_denied(
+                "a node's certificate is not an operator's",
+            )),
         }
     }
 
     fn directory(&self) -> Result<crate::directory::Directory, Status> {
         let state = self.0.state.read().name();
         let directory = self.0.directory();
-        directory.ok_or_else(|| Status::unavailable(format!("this node is {state}: it has no directory")))
+        directory.ok_or_else(|| {
+            Status::unavailable(format!("this node is {state}: it has no directory"))
+        })
     }
 
     fn message(&self, tenant: &Tenant) -> TenantMessage {
@@ -88,7 +97,11 @@ impl AdminService {
             }
         };
         let status = group.status();
-        let nodes = self.0.directory().and_then(|d| d.nodes().ok()).unwrap_or_default();
+        let nodes = self
+            .0
+            .directory()
+            .and_then(|d| d.nodes().ok())
+            .unwrap_or_default();
         let name = |id: u64| {
             let known = nodes.iter().find(|n| n.record.id == id);
             known.map_or_else(|| format!("{id:x}"), |n| n.record.name.clone())
@@ -115,21 +128,37 @@ impl AdminService {
 
     async fn create(&self, request: CreateTenantRequest) -> Result<TenantMessage, Status> {
         plain_name("tenant", &request.name)?;
-        if request.user.is_empty() || request.user.len() > limits::MAX_NAME || request.user.contains('@') {
-            return Err(Status::invalid_argument("user: use 1 to 63 characters without '@'"));
+        if request.user.is_empty()
+            || request.user.len() > limits::MAX_NAME
+            || request.user.contains('@')
+        {
+            return Err(Status::invalid_argument(
+                "user: use 1 to 63 characters without '@'",
+            ));
         }
         if request.password.len() < 8 {
-            return Err(Status::invalid_argument("password: use eight characters or more"));
+            return Err(Status::invalid_argument(
+                "password: use eight characters or more",
+            ));
         }
         let tier: Tier = request.tier.parse().map_err(Status::invalid_argument)?;
         let (rpo, rto) = tier.defaults();
-        let key: KeyUri = request.key.parse().map_err(|e: kms::KmsError| Status::invalid_argument(e.to_string()))?;
+        let key: KeyUri = request
+            .key
+            .parse()
+            .map_err(|e: kms::KmsError| Status::invalid_argument(e.to_string()))?;
         let region = self.0.config.region;
-        key.check_jurisdiction(region).map_err(|e| Status::failed_precondition(e.to_string()))?;
+        key.check_jurisdiction(region)
+            .map_err(|e| Status::failed_precondition(e.to_string()))?;
         let directory = self.directory()?;
-        let known = directory.tenants().map_err(|e| Status::unavailable(e.to_string()))?;
+        let known = directory
+            .tenants()
+            .map_err(|e| Status::unavailable(e.to_string()))?;
         if known.iter().any(|t| t.record.name == request.name) {
-            return Err(Status::already_exists(format!("there is a tenant {} already", request.name)));
+            return Err(Status::already_exists(format!(
+                "there is a tenant {} already",
+                request.name
+            )));
         }
         let placement = self.place(&directory).await?;
         let id = TenantId::random();
@@ -138,22 +167,42 @@ impl AdminService {
             .await
             .map_err(|e| Status::failed_precondition(e.to_string()))?;
         // The key is durable before anything is sealed under it.
-        self.0.parts.keys.create(&wrapped).await.map_err(|e| Status::unavailable(e.to_string()))?;
+        self.0
+            .parts
+            .keys
+            .create(&wrapped)
+            .await
+            .map_err(|e| Status::unavailable(e.to_string()))?;
         let record = TenantRecord {
             name: request.name.clone(),
             id,
             incarnation: 1,
             tier,
-            rpo_ms: if request.rpo_ms == 0 { rpo } else { request.rpo_ms },
-            rto_ms: if request.rto_ms == 0 { rto } else { request.rto_ms },
+            rpo_ms: if request.rpo_ms == 0 {
+                rpo
+            } else {
+                request.rpo_ms
+            },
+            rto_ms: if request.rto_ms == 0 {
+                rto
+            } else {
+                request.rto_ms
+            },
             key,
             generation: wrapped.generation,
             fingerprint: wrapped.fingerprint.clone(),
-            quota_bytes: if request.quota_bytes == 0 { limits::DEFAULT_QUOTA } else { request.quota_bytes },
+            quota_bytes: if request.quota_bytes == 0 {
+                limits::DEFAULT_QUOTA
+            } else {
+                request.quota_bytes
+            },
             placement,
             formed: false,
         };
-        directory.put_tenant(&record, 0).await.map_err(|e| Status::aborted(e.to_string()))?;
+        directory
+            .put_tenant(&record, 0)
+            .await
+            .map_err(|e| Status::aborted(e.to_string()))?;
         let tenant = self.opened(&request.name).await?;
         let group = tenant.group().map_err(Status::unavailable)?;
         let password = request.password;
@@ -169,19 +218,38 @@ impl AdminService {
             })),
             ..Command::default()
         };
-        group.propose(vec![command]).await.map_err(|e| Status::unavailable(format!("the first user: {e}")))?;
+        group
+            .propose(vec![command])
+            .await
+            .map_err(|e| Status::unavailable(format!("the first user: {e}")))?;
         self.formed(&directory, record).await?;
         Ok(self.message(&tenant))
     }
 
     /// Records that the tenant's group was formed.
-    async fn formed(&self, directory: &crate::directory::Directory, mut record: TenantRecord) -> Result<(), Status> {
+    async fn formed(
+        &self,
+        directory: &crate::directory::Directory,
+        mut record: TenantRecord,
+    ) -> Result<(), Status> {
         record.formed = true;
         // This node's replica of the directory may be a moment behind the leader's.
-        directory.group().read_barrier().await.map_err(|e| Status::unavailable(e.to_string()))?;
-        let known = directory.tenants().map_err(|e| Status::unavailable(e.to_string()))?;
-        let modified = known.iter().find(|t| t.record.id == record.id).map_or(0, |t| t.modified);
-        directory.put_tenant(&record, modified).await.map_err(|e| Status::aborted(e.to_string()))
+        directory
+            .group()
+            .read_barrier()
+            .await
+            .map_err(|e| Status::unavailable(e.to_string()))?;
+        let known = directory
+            .tenants()
+            .map_err(|e| Status::unavailable(e.to_string()))?;
+        let modified = known
+            .iter()
+            .find(|t| t.record.id == record.id)
+            .map_or(0, |t| t.modified);
+        directory
+            .put_tenant(&record, modified)
+            .await
+            .map_err(|e| Status::aborted(e.to_string()))
     }
 
     /// Places a tenant; nodes of a region that was just founded may still be registering.
@@ -190,7 +258,9 @@ impl AdminService {
         loop {
             match controller::place(directory) {
                 Ok(placement) => return Ok(placement),
-                Err(why) if tokio::time::Instant::now() >= deadline => return Err(Status::failed_precondition(why)),
+                Err(why) if tokio::time::Instant::now() >= deadline => {
+                    return Err(Status::failed_precondition(why));
+                }
                 Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
             }
         }
@@ -218,30 +288,54 @@ impl AdminService {
 
 #[tonic::async_trait]
 impl Admin for AdminService {
-    async fn create_tenant(&self, request: Request<CreateTenantRequest>) -> Result<Response<TenantMessage>, Status> {
+    async fn create_tenant(
+        &self,
+        request: Request<CreateTenantRequest>,
+    ) -> Result<Response<TenantMessage>, Status> {
         self.operator(&request)?;
         self.create(request.into_inner()).await.map(Response::new)
     }
 
-    async fn list_tenants(&self, request: Request<ListTenantsRequest>) -> Result<Response<TenantList>, Status> {
+    async fn list_tenants(
+        &self,
+        request: Request<ListTenantsRequest>,
+    ) -> Result<Response<TenantList>, Status> {
         self.operator(&request)?;
         self.directory()?;
-        let mut tenants: Vec<_> = self.0.tenants.all().iter().map(|t| self.message(t)).collect();
+        let mut tenants: Vec<_> = self
+            .0
+            .tenants
+            .all()
+            .iter()
+            .map(|t| self.message(t))
+            .collect();
         tenants.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(Response::new(TenantList { tenants }))
     }
 
-    async fn show_tenant(&self, request: Request<ShowTenantRequest>) -> Result<Response<TenantMessage>, Status> {
+    async fn show_tenant(
+        &self,
+        request: Request<ShowTenantRequest>,
+    ) -> Result<Response<TenantMessage>, Status> {
         self.operator(&request)?;
         let name = &request.get_ref().name;
         let tenant = self.0.tenants.get(name);
-        let tenant = tenant.ok_or_else(|| Status::not_found(format!("there is no tenant {name} in this region")))?;
+        let tenant = tenant.ok_or_else(|| {
+            Status::not_found(format!("there is no tenant {name} in this region"))
+        })?;
         Ok(Response::new(self.message(&tenant)))
     }
 
-    async fn node_status(&self, request: Request<NodeStatusRequest>) -> Result<Response<NodeStatusResponse>, Status> {
+    async fn node_status(
+        &self,
+        request: Request<NodeStatusRequest>,
+    ) -> Result<Response<NodeStatusResponse>, Status> {
         self.operator(&request)?;
-        let nodes = self.0.directory().and_then(|d| d.nodes().ok()).unwrap_or_default();
+        let nodes = self
+            .0
+            .directory()
+            .and_then(|d| d.nodes().ok())
+            .unwrap_or_default();
         Ok(Response::new(NodeStatusResponse {
             name: self.0.config.name.clone(),
             id: format!("{:x}", self.0.id),
@@ -252,7 +346,10 @@ impl Admin for AdminService {
         }))
     }
 
-    async fn restore_region(&self, request: Request<RestoreRegionRequest>) -> Result<Response<BoxStream<RestoreEvent>>, Status> {
+    async fn restore_region(
+        &self,
+        request: Request<RestoreRegionRequest>,
+    ) -> Result<Response<BoxStream<RestoreEvent>>, Status> {
         self.operator(&request)?;
         let lost_at_ms = request.get_ref().lost_at_ms;
         Ok(Response::new(restore::start(self.0.clone(), lost_at_ms)?))

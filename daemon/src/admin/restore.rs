@@ -16,8 +16,8 @@ use replication::archive::bucket::Bootstrap;
 use replication::archive::chain::Chain;
 use replication::group::Group;
 use replication::restore::{self, Plan, Progress, REVISION_JUMP, Restored, plan};
-use tokio::sync::mpsc;
 use tokio::sync::Semaphore;
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tonic::Status;
 use tonic::codegen::BoxStream;
@@ -47,7 +47,11 @@ pub fn start(node: Arc<Node>, lost_at_ms: u64) -> Result<BoxStream<RestoreEvent>
         };
         let run = Arc::new(Run {
             started: Instant::now(),
-            lost_at_ms: if lost_at_ms == 0 { now_ms() } else { lost_at_ms },
+            lost_at_ms: if lost_at_ms == 0 {
+                now_ms()
+            } else {
+                lost_at_ms
+            },
             id: hex::encode(kms::secret::random_bytes::<8>()),
             node: node.clone(),
             events: events.clone(),
@@ -57,11 +61,16 @@ pub fn start(node: Arc<Node>, lost_at_ms: u64) -> Result<BoxStream<RestoreEvent>
             let _ = events.send(Err(Status::failed_precondition(why))).await;
         }
     });
-    Ok(Box::pin(tokio_stream::wrappers::ReceiverStream::new(stream)))
+    Ok(Box::pin(tokio_stream::wrappers::ReceiverStream::new(
+        stream,
+    )))
 }
 
 fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_millis() as u64
 }
 
 struct Run {
@@ -86,9 +95,15 @@ impl Run {
 
     async fn region(self: &Arc<Self>) -> Result<(), String> {
         let node = &self.node;
-        let got = node.parts.bucket.get(&Bootstrap::path()).await.map_err(|e| e.to_string())?;
+        let got = node
+            .parts
+            .bucket
+            .get(&Bootstrap::path())
+            .await
+            .map_err(|e| e.to_string())?;
         let bytes = got.bytes().await.map_err(|e| e.to_string())?;
-        let bootstrap: Bootstrap = serde_json::from_slice(&bytes).map_err(|e| format!("bootstrap.json: {e}"))?;
+        let bootstrap: Bootstrap =
+            serde_json::from_slice(&bytes).map_err(|e| format!("bootstrap.json: {e}"))?;
         if bootstrap.region != node.config.region {
             return Err(format!(
                 "the bucket holds region {}, this node is of region {}: refused",
@@ -101,7 +116,9 @@ impl Run {
         };
         let keys = self.keys(first).await?;
         let archive_key = keys.archive_key();
-        let (group, _, _) = self.restore_group("directory", first, keys, &archive_key, 0, 1).await?;
+        let (group, _, _) = self
+            .restore_group("directory", first, keys, &archive_key, 0, 1)
+            .await?;
         node.save_region(group.id())?;
         node.open_directory(group.id()).await?;
         let directory = node.directory().ok_or("the directory is not open")?;
@@ -129,10 +146,18 @@ impl Run {
         Ok(())
     }
 
-    async fn tenant(&self, directory: &Directory, archive_key: &Secret, link: Option<LinkRecord>, found: Found<TenantRecord>) {
+    async fn tenant(
+        &self,
+        directory: &Directory,
+        archive_key: &Secret,
+        link: Option<LinkRecord>,
+        found: Found<TenantRecord>,
+    ) {
         let mut record = found.record;
         let name = record.name.clone();
-        let known = link.filter(|l| l.incarnation == record.incarnation).map_or(0, |l| l.link);
+        let known = link
+            .filter(|l| l.incarnation == record.incarnation)
+            .map_or(0, |l| l.link);
         let majority = record.placement.len() / 2 + 1;
         let restored = async {
             let keys = self.keys(record.group()).await?;
@@ -140,7 +165,10 @@ impl Run {
                 .restore_group(&name, record.group(), keys, archive_key, known, majority)
                 .await?;
             record.incarnation = group.id().incarnation;
-            directory.put_tenant(&record, found.modified).await.map_err(|e| e.to_string())?;
+            directory
+                .put_tenant(&record, found.modified)
+                .await
+                .map_err(|e| e.to_string())?;
             Ok::<_, String>((restored, plan))
         };
         match restored.await {
@@ -172,16 +200,31 @@ impl Run {
 
     async fn keys(&self, group: GroupId) -> Result<Arc<TenantKeys>, String> {
         let parts = &self.node.parts;
-        let wrapped = parts.keys.fetch(group.tenant).await.map_err(|e| e.to_string())?;
-        let keys = wrapped.unwrap(&parts.providers).await.map_err(|e| e.to_string())?;
+        let wrapped = parts
+            .keys
+            .fetch(group.tenant)
+            .await
+            .map_err(|e| e.to_string())?;
+        let keys = wrapped
+            .unwrap(&parts.providers)
+            .await
+            .map_err(|e| e.to_string())?;
         Ok(Arc::new(keys))
     }
 
     /// The chain that a group's newest state is on: past every closed one whose successor began.
-    async fn current(&self, first: GroupId, archive_key: &Secret, known: u64) -> Result<(Chain, Plan), String> {
-        let chain_of = |group| Chain::new(self.node.parts.bucket.clone(), archive_key.clone(), group);
+    async fn current(
+        &self,
+        first: GroupId,
+        archive_key: &Secret,
+        known: u64,
+    ) -> Result<(Chain, Plan), String> {
+        let chain_of =
+            |group| Chain::new(self.node.parts.bucket.clone(), archive_key.clone(), group);
         let mut chain = chain_of(first);
-        let mut plan = plan::newest(&chain, known).await.map_err(|e| e.to_string())?;
+        let mut plan = plan::newest(&chain, known)
+            .await
+            .map_err(|e| e.to_string())?;
         while let Some(closed) = plan.tail().closed().cloned() {
             let next = chain_of(GroupId {
                 incarnation: closed.incarnation,
@@ -210,9 +253,12 @@ impl Run {
         let parts = &self.node.parts;
         let (chain, mut plan) = self.current(first, archive_key, known).await?;
         let newest_ms = plan.newest_ms();
-        self.event(name, "planned", format!("{} links", plan.total_links())).await;
+        self.event(name, "planned", format!("{} links", plan.total_links()))
+            .await;
         // Before anything is served: what still runs of the old region stops here.
-        let group = restore::close(&chain, &mut plan, &self.id).await.map_err(|e| e.to_string())?;
+        let group = restore::close(&chain, &mut plan, &self.id)
+            .await
+            .map_err(|e| e.to_string())?;
         let closing = plan.tail().number + u64::from(plan.tail().closed().is_none());
         let (events, tenant) = (self.events.clone(), name.to_string());
         let report = Arc::new(move |progress: Progress| {
@@ -232,20 +278,40 @@ impl Run {
             let _ = events.try_send(Ok(event));
         });
         let dir = parts.data_dir.join("restore").join(group.to_string());
-        let restored = restore::rebuild(&chain, &plan, group, keys, parts.budget.clone(), &dir, report)
-            .await
-            .map_err(|e| e.to_string())?;
+        let restored = restore::rebuild(
+            &chain,
+            &plan,
+            group,
+            keys,
+            parts.budget.clone(),
+            &dir,
+            report,
+        )
+        .await
+        .map_err(|e| e.to_string())?;
         debug_assert!(restored.state.revision >= REVISION_JUMP);
         let base = restore::base(&plan, &restored, closing);
         let next = Chain::new(parts.bucket.clone(), archive_key.clone(), group);
-        restore::open_chain(&next, &restored, base, &self.id).await.map_err(|e| e.to_string())?;
+        restore::open_chain(&next, &restored, base, &self.id)
+            .await
+            .map_err(|e| e.to_string())?;
         let rpo = self.rpo_of(name);
         let opened = parts
-            .open(group, rpo, Some(archive_key.clone()), self.node.report(), min_voters)
+            .open(
+                group,
+                rpo,
+                Some(archive_key.clone()),
+                self.node.report(),
+                min_voters,
+            )
             .await?;
         self.node.set_archive_key(archive_key.clone());
         opened
-            .found_from(restored.checkpoint.clone(), restored.position, &self.node.config.peer_address.to_string())
+            .found_from(
+                restored.checkpoint.clone(),
+                restored.position,
+                &self.node.config.peer_address.to_string(),
+            )
             .await
             .map_err(|e| e.to_string())?;
         let _ = tokio::fs::remove_dir_all(&dir).await;
@@ -253,7 +319,11 @@ impl Run {
     }
 
     fn rpo_of(&self, name: &str) -> Duration {
-        let tenants = self.node.directory().and_then(|d| d.tenants().ok()).unwrap_or_default();
+        let tenants = self
+            .node
+            .directory()
+            .and_then(|d| d.tenants().ok())
+            .unwrap_or_default();
         let found = tenants.iter().find(|t| t.record.name == name);
         found.map_or(Duration::ZERO, |t| Duration::from_millis(t.record.rpo_ms))
     }

@@ -97,11 +97,16 @@ async fn open_group(node: &Arc<Node>, record: &TenantRecord) -> Result<Arc<Group
     if let Some(open) = node.parts.groups.get(id) {
         return Ok(open);
     }
-    let key = node.archive_key().ok_or("the region's archive key is not known yet")?;
+    let key = node
+        .archive_key()
+        .ok_or("the region's archive key is not known yet")?;
     let rpo = Duration::from_millis(record.rpo_ms);
     let majority = record.placement.len() / 2 + 1;
     let known = node.parts.log.contains(id);
-    let group = node.parts.open(id, rpo, Some(key), node.report(), majority).await?;
+    let group = node
+        .parts
+        .open(id, rpo, Some(key), node.report(), majority)
+        .await?;
     let first = record.placement.first() == Some(&node.config.name);
     if first && !record.formed && !known {
         let directory = node.directory().ok_or("there is no directory")?;
@@ -154,9 +159,13 @@ pub async fn keep_records(node: Arc<Node>) {
             let known: HashMap<_, _> = known.into_iter().map(|f| (f.record.tenant, f)).collect();
             for link in pending.values() {
                 let known = known.get(&link.tenant);
-                let newer = known.is_none_or(|k| (k.record.incarnation, k.record.link) < (link.incarnation, link.link));
+                let newer = known.is_none_or(|k| {
+                    (k.record.incarnation, k.record.link) < (link.incarnation, link.link)
+                });
                 if newer
-                    && let Err(e) = directory.put_link(link, known.map_or(0, |k| k.modified)).await
+                    && let Err(e) = directory
+                        .put_link(link, known.map_or(0, |k| k.modified))
+                        .await
                 {
                     tracing::debug!(error = %e, "a link is not recorded yet");
                 }
@@ -175,7 +184,9 @@ pub async fn keep_members(node: Arc<Node>) {
         let Some(directory) = node.directory() else {
             continue;
         };
-        let Ok(nodes) = directory.nodes() else { continue };
+        let Ok(nodes) = directory.nodes() else {
+            continue;
+        };
         let nodes: Vec<NodeRecord> = nodes.into_iter().map(|f| f.record).collect();
         if directory.group().is_leader() {
             reconcile(&node, directory.group(), &nodes).await;
@@ -185,8 +196,11 @@ pub async fn keep_members(node: Arc<Node>) {
             if let Ok(group) = tenant.group()
                 && group.is_leader()
             {
-                let placed: Vec<NodeRecord> =
-                    nodes.iter().filter(|n| record.placement.contains(&n.name)).cloned().collect();
+                let placed: Vec<NodeRecord> = nodes
+                    .iter()
+                    .filter(|n| record.placement.contains(&n.name))
+                    .cloned()
+                    .collect();
                 reconcile(&node, &group, &placed).await;
             }
         }
@@ -196,7 +210,13 @@ pub async fn keep_members(node: Arc<Node>) {
 async fn reconcile(node: &Node, group: &Group, wanted: &[NodeRecord]) {
     let status = group.status();
     let alive = |n: &NodeRecord| {
-        n.id == node.id || node.parts.peers.node(n.id, &n.peer_address).connection().is_some()
+        n.id == node.id
+            || node
+                .parts
+                .peers
+                .node(n.id, &n.peer_address)
+                .connection()
+                .is_some()
     };
     let mut members: BTreeMap<u64, String> = BTreeMap::new();
     for n in wanted {
@@ -204,7 +224,8 @@ async fn reconcile(node: &Node, group: &Group, wanted: &[NodeRecord]) {
             members.insert(n.id, n.peer_address.clone());
         }
     }
-    let same = members.len() == status.voters.len() && status.voters.iter().all(|v| members.contains_key(v));
+    let same = members.len() == status.voters.len()
+        && status.voters.iter().all(|v| members.contains_key(v));
     // Never fewer than before: a replaced member goes when the one in its place is there.
     if same || members.len() < status.voters.len() || !members.contains_key(&node.id) {
         return;
@@ -213,8 +234,12 @@ async fn reconcile(node: &Node, group: &Group, wanted: &[NodeRecord]) {
     let change = tokio::time::timeout(Duration::from_secs(60), group.set_members(members)).await;
     match change {
         Ok(Ok(())) => {}
-        Ok(Err(e)) => tracing::warn!(group = %group.id(), error = %e, "the members are not changed yet"),
-        Err(_) => tracing::warn!(group = %group.id(), "the members are not changed within a minute"),
+        Ok(Err(e)) => {
+            tracing::warn!(group = %group.id(), error = %e, "the members are not changed yet")
+        }
+        Err(_) => {
+            tracing::warn!(group = %group.id(), "the members are not changed within a minute")
+        }
     }
 }
 
@@ -226,7 +251,9 @@ pub async fn compare_digests(node: Arc<Node>) {
         let Some(directory) = node.directory() else {
             continue;
         };
-        let Ok(nodes) = directory.nodes() else { continue };
+        let Ok(nodes) = directory.nodes() else {
+            continue;
+        };
         for tenant in node.tenants.all() {
             let Ok(group) = tenant.group() else { continue };
             if !group.is_leader() {
@@ -237,7 +264,9 @@ pub async fn compare_digests(node: Arc<Node>) {
                 let Some(theirs) = node.digests_of(&found.record, group.id()).await else {
                     continue;
                 };
-                let differs = theirs.iter().find(|(index, d)| own.get(index).is_some_and(|o| o != d));
+                let differs = theirs
+                    .iter()
+                    .find(|(index, d)| own.get(index).is_some_and(|o| o != d));
                 if let Some((index, _)) = differs {
                     tracing::error!(group = %group.id(), node = %found.record.name, index, "ALARM: a replica's digest differs");
                     crate::server::metrics::DIGEST_DIFFERENCES.inc();

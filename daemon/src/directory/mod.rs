@@ -11,9 +11,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use replication::group::{Group, ProposeError};
 use replication::mvcc::check::Failed;
+use replication::proto::command::Command;
 use replication::proto::command::command::Op;
 use replication::proto::command::reply::Result as ReplyResult;
-use replication::proto::command::Command;
 use replication::proto::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
 use replication::proto::etcdserverpb::request_op::Request;
 use replication::proto::etcdserverpb::{Compare, PutRequest, RangeRequest, RequestOp, TxnRequest};
@@ -65,7 +65,10 @@ impl Directory {
         })?;
         let parse = |kv: replication::proto::mvccpb::KeyValue| {
             let record = serde_json::from_slice(&kv.value).map_err(|e| {
-                DirectoryError::Malformed(String::from_utf8_lossy(&kv.key).into_owned(), e.to_string())
+                DirectoryError::Malformed(
+                    String::from_utf8_lossy(&kv.key).into_owned(),
+                    e.to_string(),
+                )
             })?;
             Ok(Found {
                 record,
@@ -76,8 +79,14 @@ impl Directory {
     }
 
     /// Writes a record if it still stands at `modified`.
-    async fn put<T: Serialize>(&self, key: String, record: &T, modified: i64) -> Result<(), DirectoryError> {
-        let value = serde_json::to_vec(record).map_err(|e| DirectoryError::Malformed(key.clone(), e.to_string()))?;
+    async fn put<T: Serialize>(
+        &self,
+        key: String,
+        record: &T,
+        modified: i64,
+    ) -> Result<(), DirectoryError> {
+        let value = serde_json::to_vec(record)
+            .map_err(|e| DirectoryError::Malformed(key.clone(), e.to_string()))?;
         let bytes = Bytes::from(key.clone().into_bytes());
         let txn = TxnRequest {
             compare: vec![Compare {
@@ -120,20 +129,30 @@ impl Directory {
     }
 
     pub async fn put_node(&self, record: &NodeRecord, modified: i64) -> Result<(), DirectoryError> {
-        self.put(format!("/nodes/{}", record.name), record, modified).await
+        self.put(format!("/nodes/{}", record.name), record, modified)
+            .await
     }
 
-    pub async fn put_tenant(&self, record: &TenantRecord, modified: i64) -> Result<(), DirectoryError> {
-        self.put(format!("/tenants/{}", record.name), record, modified).await
+    pub async fn put_tenant(
+        &self,
+        record: &TenantRecord,
+        modified: i64,
+    ) -> Result<(), DirectoryError> {
+        self.put(format!("/tenants/{}", record.name), record, modified)
+            .await
     }
 
     pub async fn put_link(&self, record: &LinkRecord, modified: i64) -> Result<(), DirectoryError> {
-        self.put(format!("/links/{}", record.tenant), record, modified).await
+        self.put(format!("/links/{}", record.tenant), record, modified)
+            .await
     }
 
     /// Registers a node under its name. A known name with another id is a new node in its place.
     pub async fn register(&self, node: &NodeRecord) -> Result<(), DirectoryError> {
-        let known = self.nodes()?.into_iter().find(|found| found.record.name == node.name);
+        let known = self
+            .nodes()?
+            .into_iter()
+            .find(|found| found.record.name == node.name);
         match known {
             Some(found) if found.record == *node => Ok(()),
             Some(found) => self.put_node(node, found.modified).await,

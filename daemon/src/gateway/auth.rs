@@ -14,7 +14,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use parking_lot::RwLock;
 use replication::group::Group;
 use replication::proto::etcdserverpb::{
-    AuthEnableRequest, AuthEnableResponse, AuthDisableRequest, AuthDisableResponse,
+    AuthDisableRequest, AuthDisableResponse, AuthEnableRequest, AuthEnableResponse,
     AuthenticateRequest, AuthenticateResponse,
 };
 use sha2::Sha256;
@@ -52,7 +52,10 @@ impl Default for Sessions {
 }
 
 fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs()
 }
 
 fn invalid_token() -> Status {
@@ -65,14 +68,16 @@ fn wrong_login() -> Status {
 
 /// An argon2id hash in PHC form, with a random salt.
 pub fn hash_password(password: &str) -> Result<String, String> {
-    let salt = SaltString::encode_b64(&kms::secret::random_bytes::<16>()).map_err(|e| e.to_string())?;
+    let salt =
+        SaltString::encode_b64(&kms::secret::random_bytes::<16>()).map_err(|e| e.to_string())?;
     let hash = Argon2::default().hash_password(password.as_bytes(), &salt);
     hash.map(|h| h.to_string()).map_err(|e| e.to_string())
 }
 
 fn mac(group: &Group, text: &str) -> Hmac<Sha256> {
     let key = group.keys().token_key();
-    let mut mac = Hmac::<Sha256>::new_from_slice(key.expose()).expect("HMAC takes a key of any length");
+    let mut mac =
+        Hmac::<Sha256>::new_from_slice(key.expose()).expect("HMAC takes a key of any length");
     mac.update(text.as_bytes());
     mac
 }
@@ -80,7 +85,10 @@ fn mac(group: &Group, text: &str) -> Hmac<Sha256> {
 fn make_token(group: &Group, session: &Session) -> String {
     let name = session.tenant.record().name;
     let user = hex::encode(&session.user);
-    let text = format!("{name}.{user}.{}.{}", session.auth_revision, session.expires);
+    let text = format!(
+        "{name}.{user}.{}.{}",
+        session.auth_revision, session.expires
+    );
     let tag = hex::encode(mac(group, &text).finalize().into_bytes());
     format!("{text}.{tag}")
 }
@@ -88,7 +96,9 @@ fn make_token(group: &Group, session: &Session) -> String {
 impl Gateway {
     /// The login of a request: metadata `token`, else `authorization`, with or without `Bearer`.
     pub fn session(&self, metadata: &MetadataMap) -> Result<Arc<Session>, Status> {
-        let token = metadata.get("token").or_else(|| metadata.get("authorization"));
+        let token = metadata
+            .get("token")
+            .or_else(|| metadata.get("authorization"));
         let Some(token) = token.and_then(|t| t.to_str().ok()) else {
             return Err(Status::invalid_argument("etcdserver: user name is empty"));
         };
@@ -114,7 +124,10 @@ impl Gateway {
     fn unknown_tenant(&self, none: Status) -> Status {
         match *self.node.state.read() {
             crate::node::NodeState::Serving => none,
-            state => Status::unavailable(format!("etcdserver: no leader (holdfast: this node is {})", state.name())),
+            state => Status::unavailable(format!(
+                "etcdserver: no leader (holdfast: this node is {})",
+                state.name()
+            )),
         }
     }
 
@@ -123,12 +136,20 @@ impl Gateway {
         let [name, user, auth_revision, expires, tag] = parts[..] else {
             return Err(invalid_token());
         };
-        let tenant = self.tenant(name).ok_or_else(|| self.unknown_tenant(invalid_token()))?;
-        let group = tenant.group().map_err(|_| Status::unavailable("etcdserver: no leader"))?;
+        let tenant = self
+            .tenant(name)
+            .ok_or_else(|| self.unknown_tenant(invalid_token()))?;
+        let group = tenant
+            .group()
+            .map_err(|_| Status::unavailable("etcdserver: no leader"))?;
         let text = &token[..token.len() - tag.len() - 1];
         let tag = hex::decode(tag).map_err(|_| invalid_token())?;
-        mac(&group, text).verify_slice(&tag).map_err(|_| invalid_token())?;
-        let user = hex::decode(user).ok().and_then(|u| String::from_utf8(u).ok());
+        mac(&group, text)
+            .verify_slice(&tag)
+            .map_err(|_| invalid_token())?;
+        let user = hex::decode(user)
+            .ok()
+            .and_then(|u| String::from_utf8(u).ok());
         let session = Arc::new(Session {
             user: user.ok_or_else(invalid_token)?,
             auth_revision: auth_revision.parse().map_err(|_| invalid_token())?,
@@ -156,7 +177,9 @@ impl Gateway {
         if session.auth_revision == group.store().auth_revision() {
             return Ok(());
         }
-        Err(Status::invalid_argument("etcdserver: revision of auth store is old"))
+        Err(Status::invalid_argument(
+            "etcdserver: revision of auth store is old",
+        ))
     }
 }
 
@@ -164,7 +187,10 @@ pub struct AuthService(pub Arc<Gateway>);
 
 #[tonic::async_trait]
 impl Auth for AuthService {
-    async fn authenticate(&self, request: Request<AuthenticateRequest>) -> Result<Response<AuthenticateResponse>, Status> {
+    async fn authenticate(
+        &self,
+        request: Request<AuthenticateRequest>,
+    ) -> Result<Response<AuthenticateResponse>, Status> {
         let request = request.into_inner();
         let Some((user, tenant)) = request.name.rsplit_once('@') else {
             return Err(Status::invalid_argument(
@@ -184,18 +210,33 @@ impl Auth for AuthService {
             }
             None => tenant,
         };
-        let tenant = self.0.tenant(tenant).ok_or_else(|| self.0.unknown_tenant(wrong_login()))?;
-        let group = tenant
-            .group()
-            .map_err(|why| Status::unavailable(format!("etcdserver: no leader (holdfast: {why})")))?;
+        let tenant = self
+            .0
+            .tenant(tenant)
+            .ok_or_else(|| self.0.unknown_tenant(wrong_login()))?;
+        let group = tenant.group().map_err(|why| {
+            Status::unavailable(format!("etcdserver: no leader (holdfast: {why})"))
+        })?;
         group.read_barrier().await.map_err(|e| proposal(&e))?;
-        let _permit = self.0.sessions.logins.acquire().await.map_err(|_| invalid_token())?;
+        let _permit = self
+            .0
+            .sessions
+            .logins
+            .acquire()
+            .await
+            .map_err(|_| invalid_token())?;
         let auth_revision = group.store().auth_revision();
-        let stored = group.store().user(user).map_err(|e| Status::internal(e.to_string()))?;
+        let stored = group
+            .store()
+            .user(user)
+            .map_err(|e| Status::internal(e.to_string()))?;
         let stored = stored.ok_or_else(wrong_login)?;
         let verified = tokio::task::spawn_blocking(move || {
-            PasswordHash::new(&stored.password_hash)
-                .is_ok_and(|hash| Argon2::default().verify_password(request.password.as_bytes(), &hash).is_ok())
+            PasswordHash::new(&stored.password_hash).is_ok_and(|hash| {
+                Argon2::default()
+                    .verify_password(request.password.as_bytes(), &hash)
+                    .is_ok()
+            })
         })
         .await
         .unwrap_or(false);
@@ -216,7 +257,10 @@ impl Auth for AuthService {
         }))
     }
 
-    async fn auth_enable(&self, request: Request<AuthEnableRequest>) -> Result<Response<AuthEnableResponse>, Status> {
+    async fn auth_enable(
+        &self,
+        request: Request<AuthEnableRequest>,
+    ) -> Result<Response<AuthEnableResponse>, Status> {
         let session = self.0.session(request.metadata())?;
         let group = self.0.group(&session)?;
         Ok(Response::new(AuthEnableResponse {
@@ -224,7 +268,10 @@ impl Auth for AuthService {
         }))
     }
 
-    async fn auth_disable(&self, request: Request<AuthDisableRequest>) -> Result<Response<AuthDisableResponse>, Status> {
+    async fn auth_disable(
+        &self,
+        request: Request<AuthDisableRequest>,
+    ) -> Result<Response<AuthDisableResponse>, Status> {
         self.0.session(request.metadata())?;
         Err(Status::permission_denied("etcdserver: permission denied"))
     }

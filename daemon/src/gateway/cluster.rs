@@ -12,12 +12,17 @@ pub struct ClusterService(pub Arc<Gateway>);
 
 #[tonic::async_trait]
 impl Cluster for ClusterService {
-    async fn member_list(&self, request: Request<MemberListRequest>) -> Result<Response<MemberListResponse>, Status> {
+    async fn member_list(
+        &self,
+        request: Request<MemberListRequest>,
+    ) -> Result<Response<MemberListResponse>, Status> {
         let session = self.0.session(request.metadata())?;
         let group = self.0.group(&session)?;
         let directory = self.0.node.directory();
         let directory = directory.ok_or_else(|| Status::unavailable("etcdserver: no leader"))?;
-        let nodes = directory.nodes().map_err(|e| Status::unavailable(e.to_string()))?;
+        let nodes = directory
+            .nodes()
+            .map_err(|e| Status::unavailable(e.to_string()))?;
         let members = nodes.into_iter().map(|found| Member {
             id: found.record.id,
             name: found.record.name,

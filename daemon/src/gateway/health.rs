@@ -13,9 +13,18 @@ pub struct HealthService(pub Arc<Node>);
 
 #[tonic::async_trait]
 impl Health for HealthService {
-    async fn check(&self, _: Request<HealthCheckRequest>) -> Result<Response<HealthCheckResponse>, Status> {
+    async fn check(
+        &self,
+        _: Request<HealthCheckRequest>,
+    ) -> Result<Response<HealthCheckResponse>, Status> {
         let serving = *self.0.state.read() == NodeState::Serving;
-        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
-        Ok(Response::new(HealthCheckResponse { status: status as i32 }))
+        let status = if serving {
+            ServingStatus::Serving
+        } else {
+            ServingStatus::NotServing
+        };
+        Ok(Response::new(HealthCheckResponse {
+            status: status as i32,
+        }))
     }
 }

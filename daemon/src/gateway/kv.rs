@@ -36,7 +36,11 @@ fn txn_is_serializable(txn: &TxnRequest) -> bool {
 
 impl KvService {
     /// Proposes one operation; answers its reply and the group that gave it.
-    async fn propose(&self, session: &Session, op: Op) -> Result<(ReplyResult, Arc<Group>), Status> {
+    async fn propose(
+        &self,
+        session: &Session,
+        op: Op,
+    ) -> Result<(ReplyResult, Arc<Group>), Status> {
         check_command(&op).map_err(|e| failed(&e))?;
         let group = self.0.group(session)?;
         let grows = matches!(op, Op::Put(_) | Op::Txn(_));
@@ -51,7 +55,10 @@ impl KvService {
         if command.encoded_len() > limits::MAX_REQUEST {
             return Err(failed(&Failed::TooLarge));
         }
-        let replies = group.propose(vec![command]).await.map_err(|e| proposal(&e))?;
+        let replies = group
+            .propose(vec![command])
+            .await
+            .map_err(|e| proposal(&e))?;
         match replies.into_iter().next().and_then(|reply| reply.result) {
             Some(ReplyResult::Failure(f)) => Err(Status::new(Code::from_i32(f.code), f.message)),
             Some(result) => Ok((result, group)),
@@ -71,7 +78,10 @@ fn unexpected() -> Status {
 
 #[tonic::async_trait]
 impl Kv for KvService {
-    async fn range(&self, request: Request<RangeRequest>) -> Result<Response<RangeResponse>, Status> {
+    async fn range(
+        &self,
+        request: Request<RangeRequest>,
+    ) -> Result<Response<RangeResponse>, Status> {
         let session = self.0.session(request.metadata())?;
         let request = request.into_inner();
         check::range(&request).map_err(|e| failed(&e))?;
@@ -92,7 +102,10 @@ impl Kv for KvService {
 
     async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
         let session = self.0.session(request.metadata())?;
-        match self.propose(&session, Op::Put(request.into_inner())).await? {
+        match self
+            .propose(&session, Op::Put(request.into_inner()))
+            .await?
+        {
             (ReplyResult::Put(mut response), group) => {
                 self.complete(&group, &mut response.header);
                 Ok(Response::new(response))
@@ -101,9 +114,15 @@ impl Kv for KvService {
         }
     }
 
-    async fn delete_range(&self, request: Request<DeleteRangeRequest>) -> Result<Response<DeleteRangeResponse>, Status> {
+    async fn delete_range(
+        &self,
+        request: Request<DeleteRangeRequest>,
+    ) -> Result<Response<DeleteRangeResponse>, Status> {
         let session = self.0.session(request.metadata())?;
-        match self.propose(&session, Op::DeleteRange(request.into_inner())).await? {
+        match self
+            .propose(&session, Op::DeleteRange(request.into_inner()))
+            .await?
+        {
             (ReplyResult::DeleteRange(mut response), group) => {
                 self.complete(&group, &mut response.header);
                 Ok(Response::new(response))
@@ -135,9 +154,15 @@ impl Kv for KvService {
         }
     }
 
-    async fn compact(&self, request: Request<CompactionRequest>) -> Result<Response<CompactionResponse>, Status> {
+    async fn compact(
+        &self,
+        request: Request<CompactionRequest>,
+    ) -> Result<Response<CompactionResponse>, Status> {
         let session = self.0.session(request.metadata())?;
-        match self.propose(&session, Op::Compact(request.into_inner())).await? {
+        match self
+            .propose(&session, Op::Compact(request.into_inner()))
+            .await?
+        {
             (ReplyResult::Compact(mut response), group) => {
                 self.complete(&group, &mut response.header);
                 Ok(Response::new(response))

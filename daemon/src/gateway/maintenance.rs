@@ -19,7 +19,11 @@ pub struct MaintenanceService(pub Arc<Gateway>);
 fn hash(group: &replication::group::Group, revision: i64) -> Result<(u32, i64, i64), Status> {
     let answer = group.store().view(|view, state| {
         state.bounds().check(revision)?;
-        let at = if revision <= 0 { state.revision } else { revision };
+        let at = if revision <= 0 {
+            state.revision
+        } else {
+            revision
+        };
         let all = KeyRange::Many(super::no_bytes(), None);
         let mut hasher = crc32fast::Hasher::new();
         for (key, record) in view.scan(&all, at, 0)?.rows {
@@ -33,7 +37,10 @@ fn hash(group: &replication::group::Group, revision: i64) -> Result<(u32, i64, i
 
 #[tonic::async_trait]
 impl Maintenance for MaintenanceService {
-    async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+    async fn status(
+        &self,
+        request: Request<StatusRequest>,
+    ) -> Result<Response<StatusResponse>, Status> {
         let session = self.0.session(request.metadata())?;
         let group = self.0.group(&session)?;
         let status = group.status();
@@ -58,7 +65,10 @@ impl Maintenance for MaintenanceService {
         }))
     }
 
-    async fn alarm(&self, request: Request<AlarmRequest>) -> Result<Response<AlarmResponse>, Status> {
+    async fn alarm(
+        &self,
+        request: Request<AlarmRequest>,
+    ) -> Result<Response<AlarmResponse>, Status> {
         let session = self.0.session(request.metadata())?;
         let group = self.0.group(&session)?;
         if request.get_ref().action() != AlarmAction::Get {
@@ -80,11 +90,15 @@ impl Maintenance for MaintenanceService {
         }))
     }
 
-    async fn hash_kv(&self, request: Request<HashKvRequest>) -> Result<Response<HashKvResponse>, Status> {
+    async fn hash_kv(
+        &self,
+        request: Request<HashKvRequest>,
+    ) -> Result<Response<HashKvResponse>, Status> {
         let session = self.0.session(request.metadata())?;
         let group = self.0.group(&session)?;
         let revision = request.get_ref().revision;
-        let (hash, compact_revision, hash_revision) = tokio::task::block_in_place(|| hash(&group, revision))?;
+        let (hash, compact_revision, hash_revision) =
+            tokio::task::block_in_place(|| hash(&group, revision))?;
         Ok(Response::new(HashKvResponse {
             header: Some(self.0.header(&group, group.store().state().revision)),
             hash,

@@ -70,17 +70,21 @@ pub fn routes(node: &Arc<Node>) -> Routes {
         sessions: Sessions::default(),
     });
     let kv = etcd::kv_server::KvServer::from_arc(Arc::new(kv::KvService(gateway.clone())));
-    let auth = etcd::auth_server::AuthServer::from_arc(Arc::new(auth::AuthService(gateway.clone())));
+    let auth =
+        etcd::auth_server::AuthServer::from_arc(Arc::new(auth::AuthService(gateway.clone())));
     let maintenance = Arc::new(maintenance::MaintenanceService(gateway.clone()));
     let maintenance = etcd::maintenance_server::MaintenanceServer::from_arc(maintenance);
-    let cluster = etcd::cluster_server::ClusterServer::from_arc(Arc::new(cluster::ClusterService(gateway)));
+    let cluster =
+        etcd::cluster_server::ClusterServer::from_arc(Arc::new(cluster::ClusterService(gateway)));
     Routes::new(kv.max_decoding_message_size(limits::MAX_MESSAGE))
         .add_service(auth.max_decoding_message_size(limits::MAX_MESSAGE))
         .add_service(maintenance)
         .add_service(cluster)
         .add_service(etcd::watch_server::WatchServer::new(rest::Later))
         .add_service(etcd::lease_server::LeaseServer::new(rest::Later))
-        .add_service(health_proto::health_server::HealthServer::new(health::HealthService(node.clone())))
+        .add_service(health_proto::health_server::HealthServer::new(
+            health::HealthService(node.clone()),
+        ))
 }
 
 /// Empty bytes, for requests built here.

@@ -30,13 +30,21 @@ pub async fn start(node: &Arc<Node>) -> Result<(), String> {
     };
     node.spawn(async move {
         let served = match acceptor {
-            Some(acceptor) => builder().add_routes(routes).serve_with_incoming(tls::incoming(listener, acceptor)).await,
+            Some(acceptor) => {
+                builder()
+                    .add_routes(routes)
+                    .serve_with_incoming(tls::incoming(listener, acceptor))
+                    .await
+            }
             None => {
                 let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
                 let incoming = futures::StreamExt::map(incoming, |tcp| {
                     tcp.inspect(|tcp| drop(tcp.set_nodelay(true)))
                 });
-                builder().add_routes(routes).serve_with_incoming(incoming).await
+                builder()
+                    .add_routes(routes)
+                    .serve_with_incoming(incoming)
+                    .await
             }
         };
         if let Err(e) = served {
@@ -45,19 +53,28 @@ pub async fn start(node: &Arc<Node>) -> Result<(), String> {
     });
 
     let files = &node.config.tls;
-    let admin_tls = NodeTls::load(&files.ca, &files.cert, &files.key, &[b"h2", b"http/1.1"]).map_err(|e| e.to_string())?;
+    let admin_tls = NodeTls::load(&files.ca, &files.cert, &files.key, &[b"h2", b"http/1.1"])
+        .map_err(|e| e.to_string())?;
     let listener = bind(node.config.admin_address).await?;
     let (health, ready, figures) = (node.clone(), node.clone(), node.clone());
     let routes = admin::routes(node)
         .into_axum_router()
         .route("/healthz", get(move || async move { healthz(&health) }))
         .route("/readyz", get(move || async move { readyz(&ready) }))
-        .route("/metrics", get(move || async move { metrics::text(&figures) }));
+        .route(
+            "/metrics",
+            get(move || async move { metrics::text(&figures) }),
+        );
     let routes = tonic::service::Routes::from(routes).prepare();
     let acceptor = tokio_rustls::TlsAcceptor::from(admin_tls.server);
     node.spawn(async move {
         let incoming = tls::incoming(listener, acceptor);
-        if let Err(e) = builder().accept_http1(true).add_routes(routes).serve_with_incoming(incoming).await {
+        if let Err(e) = builder()
+            .accept_http1(true)
+            .add_routes(routes)
+            .serve_with_incoming(incoming)
+            .await
+        {
             tracing::error!(error = %e, "the admin port has stopped");
         }
     });

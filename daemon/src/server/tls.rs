@@ -22,7 +22,8 @@ pub fn client_acceptor(files: &ClientTls) -> Result<TlsAcceptor, String> {
     let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_file_iter(&files.cert)
         .and_then(Iterator::collect)
         .map_err(|e| at(&files.cert, e.to_string()))?;
-    let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|e| at(&files.key, e.to_string()))?;
+    let key =
+        PrivateKeyDer::from_pem_file(&files.key).map_err(|e| at(&files.key, e.to_string()))?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -35,7 +36,10 @@ pub fn client_acceptor(files: &ClientTls) -> Result<TlsAcceptor, String> {
 }
 
 /// Connections whose handshake is done.
-pub fn incoming(listener: TcpListener, acceptor: TlsAcceptor) -> ReceiverStream<io::Result<TlsStream<TcpStream>>> {
+pub fn incoming(
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+) -> ReceiverStream<io::Result<TlsStream<TcpStream>>> {
     let (done, incoming) = mpsc::channel(64);
     tokio::spawn(async move {
         while !done.is_closed() {

@@ -38,9 +38,19 @@ impl Parts {
 
     /// Unwraps the tenant's key, opens its group here and starts its archiver. `fresh`: the key is
     /// taken from the bucket even if this node has a copy.
-    pub async fn open(&self, id: GroupId, rpo: Duration, archive_key: Option<Secret>, report: Report, min_voters: usize) -> Result<Arc<Group>, String> {
+    pub async fn open(
+        &self,
+        id: GroupId,
+        rpo: Duration,
+        archive_key: Option<Secret>,
+        report: Report,
+        min_voters: usize,
+    ) -> Result<Arc<Group>, String> {
         let wrapped = self.keys.load(id.tenant).await.map_err(|e| e.to_string())?;
-        let keys = wrapped.unwrap(&self.providers).await.map_err(|e| e.to_string())?;
+        let keys = wrapped
+            .unwrap(&self.providers)
+            .await
+            .map_err(|e| e.to_string())?;
         let keys = Arc::new(keys);
         let archive_key = archive_key.unwrap_or_else(|| keys.archive_key());
         let group = Group::open(GroupConfig {
@@ -82,7 +92,9 @@ impl Tenant {
     pub fn group(&self) -> Result<Arc<Group>, String> {
         let group = self.group.read().clone()?;
         if group.is_fenced() {
-            return Err("this tenant was restored elsewhere: this copy has stopped for good".into());
+            return Err(
+                "this tenant was restored elsewhere: this copy has stopped for good".into(),
+            );
         }
         Ok(group)
     }

@@ -90,7 +90,8 @@ impl Archiver {
             return Err(ChainError::Closed(closed.incarnation));
         }
         group.note_archived(tail.last_index());
-        let mut known: Vec<(u64, u64, String)> = vec![(tail.number, tail.last_index(), tail.hash.clone())];
+        let mut known: Vec<(u64, u64, String)> =
+            vec![(tail.number, tail.last_index(), tail.hash.clone())];
         let mut shipped = 0u64;
         let mut since_checkpoint = 0u64;
         let mut applied = group.store().watch();
@@ -152,7 +153,9 @@ impl Archiver {
     fn pending_bytes(&self, group: &Group, tail: &Tail, to: u64) -> usize {
         let log = &group.shared().log;
         let read = log.read(tail.last_index() + 1, to + 1, MAX_LINK);
-        read.map_or(0, |entries| entries.iter().map(|(_, bytes)| bytes.len()).sum())
+        read.map_or(0, |entries| {
+            entries.iter().map(|(_, bytes)| bytes.len()).sum()
+        })
     }
 
     /// Creates links until `state` is covered, or one link if there is more than fits.
@@ -165,13 +168,15 @@ impl Archiver {
             (0, None) if tail.header.is_none() => 0,
             (last, _) => last + 1,
         };
-        let read = log.read(start, end + 1, MAX_LINK).map_err(|e| ChainError::Store {
-            object: "the node's log".into(),
-            cause: object_store::Error::Generic {
-                store: "local disk",
-                source: Box::new(e),
-            },
-        })?;
+        let read = log
+            .read(start, end + 1, MAX_LINK)
+            .map_err(|e| ChainError::Store {
+                object: "the node's log".into(),
+                cause: object_store::Error::Generic {
+                    store: "local disk",
+                    source: Box::new(e),
+                },
+            })?;
         let Some((last, _)) = read.last() else {
             let missing = std::io::Error::other("entries that are not archived are not in the log");
             return Err(ChainError::Store {
@@ -188,7 +193,7 @@ impl Archiver {
         let header = Header {
             term: self.term(group),
             last: Some(last),
-            state: (Some(last) == state.applied).then(|| LinkState {
+            state: (Some(last) == state.applied).then_some(LinkState {
                 revision: state.revision,
                 time_ms: state.time_ms,
                 digests: state.digests,
@@ -219,10 +224,16 @@ impl Archiver {
         group.shared().raft.metrics().borrow_watched().current_term
     }
 
-    async fn create(&self, group: &Group, tail: &mut Tail, header: Header, entries: &[bytes::Bytes]) -> Result<(), ChainError> {
+    async fn create(
+        &self,
+        group: &Group,
+        tail: &mut Tail,
+        header: Header,
+        entries: &[bytes::Bytes],
+    ) -> Result<(), ChainError> {
         let term = header.term;
         match self.chain.create(tail, header, entries).await? {
-            Created::Ours(next) => *tail = next,
+            Created::Ours(next) => *tail = *next,
             Created::Theirs(theirs) => *tail = self.chain.adopt(tail, &theirs, term)?,
         }
         group.note_archived(tail.last_index());
@@ -244,14 +255,22 @@ impl Archiver {
     }
 
     /// Uploads this node's newest checkpoint, if links cover it; answers whether it did.
-    async fn checkpoint(&self, group: &Group, known: &[(u64, u64, String)]) -> Result<bool, ChainError> {
+    async fn checkpoint(
+        &self,
+        group: &Group,
+        known: &[(u64, u64, String)],
+    ) -> Result<bool, ChainError> {
         let Some((state, dir)) = group.checkpoint() else {
             return Ok(false);
         };
         let Some(position) = state.applied else {
             return Ok(false);
         };
-        let Some((link, _, hash)) = known.iter().rev().find(|(_, last, _)| *last <= position.index) else {
+        let Some((link, _, hash)) = known
+            .iter()
+            .rev()
+            .find(|(_, last, _)| *last <= position.index)
+        else {
             return Ok(false);
         };
         let manifest = Manifest {

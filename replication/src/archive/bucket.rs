@@ -38,13 +38,17 @@ impl BucketConfig {
                 let dir = url
                     .to_file_path()
                     .map_err(|()| format!("bucket url \"{}\" is not an absolute path", self.url))?;
-                std::fs::create_dir_all(&dir).map_err(|e| format!("bucket {}: {e}", dir.display()))?;
+                std::fs::create_dir_all(&dir)
+                    .map_err(|e| format!("bucket {}: {e}", dir.display()))?;
                 let store = LocalFileSystem::new_with_prefix(&dir)
                     .map_err(|e| format!("bucket {}: {e}", dir.display()))?;
                 Ok(Arc::new(store.with_fsync(true)))
             }
             "s3" => self.open_s3(&url, region),
-            other => Err(format!("bucket url \"{}\": scheme {other} is not known; use s3 or file", self.url)),
+            other => Err(format!(
+                "bucket url \"{}\": scheme {other} is not known; use s3 or file",
+                self.url
+            )),
         }
     }
 
@@ -53,7 +57,9 @@ impl BucketConfig {
             .cloud_region
             .as_deref()
             .ok_or("an s3 bucket needs cloud_region in node.toml")?;
-        let bucket = url.host_str().ok_or("an s3 url names a bucket: s3://BUCKET/PREFIX")?;
+        let bucket = url
+            .host_str()
+            .ok_or("an s3 url names a bucket: s3://BUCKET/PREFIX")?;
         region.admits(&format!("bucket {bucket}"), cloud_region)?;
         let mut builder = AmazonS3Builder::from_env()
             .with_bucket_name(bucket)
@@ -73,7 +79,9 @@ impl BucketConfig {
             .with_connect_timeout(Duration::from_secs(3));
         if let Some(endpoint) = &self.endpoint {
             client = client.with_allow_http(endpoint.starts_with("http://"));
-            builder = builder.with_endpoint(endpoint).with_virtual_hosted_style_request(false);
+            builder = builder
+                .with_endpoint(endpoint)
+                .with_virtual_hosted_style_request(false);
         }
         let store = builder
             .with_client_options(client)
@@ -107,7 +115,10 @@ impl Bootstrap {
 }
 
 pub fn chain_dir(group: GroupId) -> Path {
-    Path::from(format!("tenants/{}/{:010}/chain", group.tenant, group.incarnation))
+    Path::from(format!(
+        "tenants/{}/{:010}/chain",
+        group.tenant, group.incarnation
+    ))
 }
 
 pub fn link_path(group: GroupId, number: u64) -> Path {
@@ -115,7 +126,10 @@ pub fn link_path(group: GroupId, number: u64) -> Path {
 }
 
 pub fn checkpoints_dir(group: GroupId) -> Path {
-    Path::from(format!("tenants/{}/{:010}/checkpoints", group.tenant, group.incarnation))
+    Path::from(format!(
+        "tenants/{}/{:010}/checkpoints",
+        group.tenant, group.incarnation
+    ))
 }
 
 pub fn file_path(tenant: TenantId, hash: &str) -> Path {

@@ -15,7 +15,10 @@ use crate::GroupId;
 #[derive(Debug, Error)]
 pub enum ChainError {
     #[error("object {object}: {cause}")]
-    Store { object: String, cause: object_store::Error },
+    Store {
+        object: String,
+        cause: object_store::Error,
+    },
     #[error("object {0} is missing")]
     Missing(String),
     #[error("object {object} is refused: {cause}")]
@@ -25,7 +28,11 @@ pub enum ChainError {
     #[error("the chain was closed by a restore, which went on as incarnation {0}")]
     Closed(u32),
     #[error("object {object} was written under term {theirs}, above this writer's {ours}")]
-    Superseded { object: String, theirs: u64, ours: u64 },
+    Superseded {
+        object: String,
+        theirs: u64,
+        ours: u64,
+    },
 }
 
 impl ChainError {
@@ -46,7 +53,10 @@ pub struct Tail {
 
 impl Tail {
     pub fn last_index(&self) -> u64 {
-        self.header.as_ref().and_then(|h| h.last).map_or(0, |at| at.index)
+        self.header
+            .as_ref()
+            .and_then(|h| h.last)
+            .map_or(0, |at| at.index)
     }
 
     pub fn closed(&self) -> Option<&Closed> {
@@ -66,7 +76,7 @@ impl From<&Link> for Tail {
 
 /// What came of trying to create the next link.
 pub enum Created {
-    Ours(Tail),
+    Ours(Box<Tail>),
     /// Another's link stands there.
     Theirs(Box<Link>),
 }
@@ -144,7 +154,8 @@ impl Chain {
 
     /// Checks that `link` follows `before`.
     pub fn check_follows(&self, before: &Tail, link: &Link) -> Result<(), ChainError> {
-        let follows = link.header.number == before.number + 1 && link.header.previous == before.hash;
+        let follows =
+            link.header.number == before.number + 1 && link.header.previous == before.hash;
         if follows {
             return Ok(());
         }
@@ -155,7 +166,12 @@ impl Chain {
 
     /// Creates the link after `before`. An answer that was lost is found by reading back: own
     /// bytes are success.
-    pub async fn create(&self, before: &Tail, mut header: Header, entries: &[Bytes]) -> Result<Created, ChainError> {
+    pub async fn create(
+        &self,
+        before: &Tail,
+        mut header: Header,
+        entries: &[Bytes],
+    ) -> Result<Created, ChainError> {
         header.group = self.group;
         header.number = before.number + 1;
         header.previous = before.hash.clone();
@@ -168,11 +184,11 @@ impl Chain {
             .put_opts(&path, PutPayload::from(bytes), PutMode::Create.into())
             .await;
         let ours = |header: Header| {
-            Created::Ours(Tail {
+            Created::Ours(Box::new(Tail {
                 number: header.number,
                 hash: hash.clone(),
                 header: Some(header),
-            })
+            }))
         };
         match put {
             Ok(_) => Ok(ours(header)),

@@ -70,8 +70,16 @@ pub fn decode(key: &Secret, group: GroupId, bytes: &[u8]) -> Result<Manifest, Li
     Ok(manifest)
 }
 
-async fn upload_file(bucket: &Arc<dyn ObjectStore>, group: GroupId, path: &Path) -> Result<ManifestFile, ChainError> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+async fn upload_file(
+    bucket: &Arc<dyn ObjectStore>,
+    group: GroupId,
+    path: &Path,
+) -> Result<ManifestFile, ChainError> {
+    let name = path
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
     let local = |e: std::io::Error| ChainError::Store {
         object: name.clone(),
         cause: object_store::Error::Generic {
@@ -101,7 +109,10 @@ async fn upload_file(bucket: &Arc<dyn ObjectStore>, group: GroupId, path: &Path)
         Err(e) => return Err(store(e)),
     }
     if bytes.len() <= PART {
-        bucket.put(&object, PutPayload::from(bytes)).await.map_err(store)?;
+        bucket
+            .put(&object, PutPayload::from(bytes))
+            .await
+            .map_err(store)?;
     } else {
         let upload = bucket.put_multipart(&object).await.map_err(store)?;
         let mut writer = WriteMultipart::new_with_chunk_size(upload, PART);
@@ -127,7 +138,10 @@ pub async fn upload(chain: &Chain, dir: &Path, mut manifest: Manifest) -> Result
     paths.sort();
     let group = manifest.group;
     let bucket = chain.bucket();
-    let uploads: Vec<_> = paths.iter().map(|path| upload_file(bucket, group, path)).collect();
+    let uploads: Vec<_> = paths
+        .iter()
+        .map(|path| upload_file(bucket, group, path))
+        .collect();
     manifest.files = futures::stream::iter(uploads)
         .buffered(IN_FLIGHT)
         .try_collect()
@@ -135,7 +149,9 @@ pub async fn upload(chain: &Chain, dir: &Path, mut manifest: Manifest) -> Result
     let writer = hex::encode(kms::secret::random_bytes::<8>());
     let object = checkpoints_dir(group).join(format!("{:020}-{writer}", manifest.link));
     let bytes = encode(chain.key(), &manifest);
-    let put = bucket.put_opts(&object, PutPayload::from(bytes), PutMode::Create.into()).await;
+    let put = bucket
+        .put_opts(&object, PutPayload::from(bytes), PutMode::Create.into())
+        .await;
     put.map(drop).map_err(|cause| ChainError::Store {
         object: object.to_string(),
         cause,
@@ -143,12 +159,19 @@ pub async fn upload(chain: &Chain, dir: &Path, mut manifest: Manifest) -> Result
 }
 
 /// Names of a group's manifests, newest first.
-pub async fn list(bucket: &Arc<dyn ObjectStore>, group: GroupId) -> Result<Vec<object_store::path::Path>, ChainError> {
+pub async fn list(
+    bucket: &Arc<dyn ObjectStore>,
+    group: GroupId,
+) -> Result<Vec<object_store::path::Path>, ChainError> {
     let dir = checkpoints_dir(group);
-    let found: Vec<_> = bucket.list(Some(&dir)).try_collect().await.map_err(|cause| ChainError::Store {
-        object: dir.to_string(),
-        cause,
-    })?;
+    let found: Vec<_> = bucket
+        .list(Some(&dir))
+        .try_collect()
+        .await
+        .map_err(|cause| ChainError::Store {
+            object: dir.to_string(),
+            cause,
+        })?;
     let mut names: Vec<_> = found.into_iter().map(|meta| meta.location).collect();
     names.sort();
     names.reverse();

@@ -46,6 +46,9 @@ impl Ledger {
     /// Age of the oldest acknowledged write that is not archived; zero when there is none.
     pub fn age(&self) -> Duration {
         let inner = self.inner.lock();
-        inner.pending.front().map_or(Duration::ZERO, |(_, at)| at.elapsed())
+        inner
+            .pending
+            .front()
+            .map_or(Duration::ZERO, |(_, at)| at.elapsed())
     }
 }

@@ -142,7 +142,9 @@ pub fn decode(key: &Secret, group: GroupId, number: u64, bytes: &Bytes) -> Resul
     }
     let malformed = |what: &str| LinkError::Malformed(what.to_string());
     let length = u32::from_be_bytes(bytes[5..9].try_into().expect("4 bytes")) as usize;
-    let json = bytes[HEAD..end].get(..length).ok_or_else(|| malformed("header"))?;
+    let json = bytes[HEAD..end]
+        .get(..length)
+        .ok_or_else(|| malformed("header"))?;
     let header: Header = serde_json::from_slice(json).map_err(|e| malformed(&e.to_string()))?;
     if header.group != group {
         return Err(LinkError::OtherGroup(header.group));
@@ -187,7 +189,11 @@ mod tests {
             tenant: TenantId([1; 16]),
             incarnation: 2,
         };
-        let last = Position { term: 1, node: 7, index: 5 };
+        let last = Position {
+            term: 1,
+            node: 7,
+            index: 5,
+        };
         let mut entry = last.to_bytes().to_vec();
         entry.push(0);
         let header = Header {
@@ -227,13 +233,25 @@ mod tests {
             let mut bad = bytes.clone();
             bad[i] ^= 1;
             assert!(decode(&key, group, 4, &bad.into()).is_err(), "flip at {i}");
-            assert!(decode(&key, group, 4, &bytes[..i].to_vec().into()).is_err(), "cut at {i}");
+            assert!(
+                decode(&key, group, 4, &bytes[..i].to_vec().into()).is_err(),
+                "cut at {i}"
+            );
         }
         let bytes = Bytes::from(bytes);
         assert!(decode(&key, group, 5, &bytes).is_err());
-        let other = GroupId { incarnation: 3, ..group };
-        assert_eq!(decode(&key, other, 4, &bytes).unwrap_err(), LinkError::OtherGroup(group));
+        let other = GroupId {
+            incarnation: 3,
+            ..group
+        };
+        assert_eq!(
+            decode(&key, other, 4, &bytes).unwrap_err(),
+            LinkError::OtherGroup(group)
+        );
         let foreign = Secret::from_slice(&[4; 32]).unwrap();
-        assert_eq!(decode(&foreign, group, 4, &bytes).unwrap_err(), LinkError::Forged);
+        assert_eq!(
+            decode(&foreign, group, 4, &bytes).unwrap_err(),
+            LinkError::Forged
+        );
     }
 }

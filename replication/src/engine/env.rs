@@ -56,7 +56,9 @@ fn file_cipher(keys: &TenantKeys, prefix: &[u8]) -> Option<Aes256> {
         return None;
     }
     let generation = u32::from_be_bytes(prefix[9..13].try_into().ok()?);
-    let key = keys.generation(generation)?.derive(&prefix[13..HEADER], LABEL);
+    let key = keys
+        .generation(generation)?
+        .derive(&prefix[13..HEADER], LABEL);
     Some(Aes256::new(key.expose().into()))
 }
 
@@ -81,11 +83,18 @@ extern "C" fn call_new_prefix(provider: *mut c_void, out: *mut c_char, length: u
     0
 }
 
-extern "C" fn call_open(provider: *mut c_void, prefix: *const c_char, length: usize) -> *mut c_void {
+extern "C" fn call_open(
+    provider: *mut c_void,
+    prefix: *const c_char,
+    length: usize,
+) -> *mut c_void {
     // SAFETY: as above; `prefix` points to `length` bytes.
     let (keys, prefix) = unsafe {
         let keys = &*provider.cast::<TenantKeys>();
-        (keys, std::slice::from_raw_parts(prefix.cast::<u8>(), length))
+        (
+            keys,
+            std::slice::from_raw_parts(prefix.cast::<u8>(), length),
+        )
     };
     match file_cipher(keys, prefix) {
         Some(cipher) => Box::into_raw(Box::new(cipher)).cast(),
@@ -97,7 +106,10 @@ extern "C" fn call_apply(cipher: *mut c_void, offset: u64, data: *mut c_char, le
     // SAFETY: `cipher` is a Box from `call_open`, shared for reading; `data` has `length` bytes.
     let (cipher, data) = unsafe {
         let cipher = &*cipher.cast::<Aes256>();
-        (cipher, std::slice::from_raw_parts_mut(data.cast::<u8>(), length))
+        (
+            cipher,
+            std::slice::from_raw_parts_mut(data.cast::<u8>(), length),
+        )
     };
     apply_cipher(cipher, offset, data);
 }
@@ -155,11 +167,15 @@ mod tests {
     /// NIST SP 800-38A, F.5.5: CTR-AES256, first block.
     #[test]
     fn ctr_known_answer() {
-        let key: [u8; 32] = hex::decode("603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4")
+        let key: [u8; 32] =
+            hex::decode("603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4")
+                .unwrap()
+                .try_into()
+                .unwrap();
+        let iv: [u8; 16] = hex::decode("f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff")
             .unwrap()
             .try_into()
             .unwrap();
-        let iv: [u8; 16] = hex::decode("f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff").unwrap().try_into().unwrap();
         let mut data = hex::decode("6bc1bee22e409f96e93d7e117393172a").unwrap();
         let aes = Aes256::new(&key.into());
         let core = CtrCore::<&Aes256, flavors::Ctr128BE>::inner_iv_init(&aes, &iv.into());
@@ -175,7 +191,10 @@ mod tests {
         let mut data = *b"holdfast";
         apply_cipher(&cipher, PREFIX as u64, &mut data);
         let golden = include_str!("../../golden/file-prefix-v1.hex").trim();
-        assert_eq!(format!("{}{}", hex::encode(&prefix[..HEADER]), hex::encode(data)), golden);
+        assert_eq!(
+            format!("{}{}", hex::encode(&prefix[..HEADER]), hex::encode(data)),
+            golden
+        );
     }
 
     #[test]

@@ -54,7 +54,9 @@ pub enum EngineError {
     RocksDb(rocksdb::ErrorKind),
     #[error("a row in the engine is damaged: {0}")]
     Damaged(&'static str),
-    #[error("engine format {0} is not known to this version of holdfastd; run the version that wrote it, or a newer one")]
+    #[error(
+        "engine format {0} is not known to this version of holdfastd; run the version that wrote it, or a newer one"
+    )]
     Format(u8),
     #[error("{0}")]
     Io(String),
@@ -113,11 +115,14 @@ impl Engine {
         options.set_atomic_flush(true);
         options.set_write_buffer_manager(&budget.write_buffers);
         // RocksDB's words can quote keys: only that it complained is logged.
-        options.set_info_logger(InfoLogger::new_callback_logger(LogLevel::Error, |level, _| {
-            if matches!(level, LogLevel::Error | LogLevel::Fatal) {
-                tracing::error!("RocksDB reports an error in a tenant's engine");
-            }
-        }));
+        options.set_info_logger(InfoLogger::new_callback_logger(
+            LogLevel::Error,
+            |level, _| {
+                if matches!(level, LogLevel::Error | LogLevel::Fatal) {
+                    tracing::error!("RocksDB reports an error in a tenant's engine");
+                }
+            },
+        ));
         let cache = Cache::new_lru_cache(budget.cache_bytes);
         let families = Cf::ALL.map(|cf| {
             ColumnFamilyDescriptor::new(cf.name(), Self::family_options(cf, &cache, &env))

@@ -3,7 +3,12 @@
 use tokio::sync::mpsc;
 
 /// Takes the first item, waiting for it, and whatever else is there, up to `limit` in `size`.
-pub async fn gather<T>(queue: &mut mpsc::Receiver<T>, into: &mut Vec<T>, limit: usize, size: impl Fn(&T) -> usize) -> bool {
+pub async fn gather<T>(
+    queue: &mut mpsc::Receiver<T>,
+    into: &mut Vec<T>,
+    limit: usize,
+    size: impl Fn(&T) -> usize,
+) -> bool {
     let Some(first) = queue.recv().await else {
         return false;
     };

@@ -2,7 +2,7 @@
 //! here and in `log`.
 
 mod gather;
-mod group;
+mod member;
 mod network;
 mod propose;
 mod read;
@@ -14,6 +14,6 @@ mod state_machine;
 mod suite;
 pub mod types;
 
-pub use group::{Group, GroupConfig, GroupError, GroupStatus, Role};
+pub use member::{Group, GroupConfig, GroupError, GroupStatus, Role};
 pub use propose::ProposeError;
 pub use registry::{DaemonCalls, Groups};

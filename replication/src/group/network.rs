@@ -75,7 +75,12 @@ impl Client {
         live.ok_or_else(|| unreachable(&CallError::NotConnected))
     }
 
-    async fn ask<Q: Serialize, A: DeserializeOwned>(&self, service: Service, question: &Q, within: Duration) -> Result<A, RPCError<C>> {
+    async fn ask<Q: Serialize, A: DeserializeOwned>(
+        &self,
+        service: Service,
+        question: &Q,
+        within: Duration,
+    ) -> Result<A, RPCError<C>> {
         let network = |e: serde_json::Error| RPCError::Network(NetworkError::new(&e));
         let body = serde_json::to_vec(question).map_err(network)?;
         let answer = self
@@ -90,7 +95,11 @@ impl Client {
 impl RaftNetworkV2<C> for Client {
     type SnapshotData = SnapshotDir;
 
-    async fn append_entries(&mut self, rpc: AppendEntriesRequest<C>, option: RPCOption) -> Result<AppendEntriesResponse<C>, RPCError<C>> {
+    async fn append_entries(
+        &mut self,
+        rpc: AppendEntriesRequest<C>,
+        option: RPCOption,
+    ) -> Result<AppendEntriesResponse<C>, RPCError<C>> {
         let mut body = Vec::new();
         append::encode(&rpc, self.archived.load(Ordering::Relaxed), &mut body);
         let answer = self
@@ -119,7 +128,13 @@ impl RaftNetworkV2<C> for Client {
                 .await
                 .map_err(|e| unreachable(&e))?;
             let ended = Arc::new(AtomicBool::new(false));
-            let items = send_items(connection, replies.id, input, self.archived.clone(), ended.clone());
+            let items = send_items(
+                connection,
+                replies.id,
+                input,
+                self.archived.clone(),
+                ended.clone(),
+            );
             let sender = tokio::spawn(items);
             let state = Replies {
                 replies,
@@ -145,11 +160,19 @@ impl RaftNetworkV2<C> for Client {
         })
     }
 
-    async fn vote(&mut self, rpc: VoteRequest<C>, option: RPCOption) -> Result<VoteResponse<C>, RPCError<C>> {
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<C>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<C>, RPCError<C>> {
         self.ask(Service::Vote, &rpc, option.hard_ttl()).await
     }
 
-    async fn pre_vote(&mut self, rpc: VoteRequest<C>, option: RPCOption) -> Result<VoteResponse<C>, RPCError<C>> {
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<C>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<C>, RPCError<C>> {
         self.ask(Service::PreVote, &rpc, option.hard_ttl()).await
     }
 
@@ -162,7 +185,13 @@ impl RaftNetworkV2<C> for Client {
     ) -> Result<SnapshotResponse<C>, StreamingError<C>> {
         let connection = self.connection()?;
         tracing::info!(group = %self.group, at = ?snapshot.meta.last_log_id, "sending a snapshot");
-        let sent = snapshot::send(&connection, self.group, vote, snapshot.meta, &snapshot.snapshot.0);
+        let sent = snapshot::send(
+            &connection,
+            self.group,
+            vote,
+            snapshot.meta,
+            &snapshot.snapshot.0,
+        );
         let body = tokio::select! {
             sent = sent => sent.map_err(|e| {
                 tracing::warn!(group = %self.group, error = %e, "a snapshot was not sent; it is tried again");
@@ -173,8 +202,13 @@ impl RaftNetworkV2<C> for Client {
         serde_json::from_slice(&body).map_err(|e| StreamingError::Network(NetworkError::new(&e)))
     }
 
-    async fn transfer_leader(&mut self, req: TransferLeaderRequest<C>, option: RPCOption) -> Result<TransferLeaderResponse<C>, RPCError<C>> {
-        self.ask(Service::TransferLeader, &req, option.hard_ttl()).await
+    async fn transfer_leader(
+        &mut self,
+        req: TransferLeaderRequest<C>,
+        option: RPCOption,
+    ) -> Result<TransferLeaderResponse<C>, RPCError<C>> {
+        self.ask(Service::TransferLeader, &req, option.hard_ttl())
+            .await
     }
 }
 
@@ -194,8 +228,13 @@ impl Drop for AbortOnDrop {
     }
 }
 
-async fn send_items<S>(connection: Arc<Connection>, id: u64, mut input: S, archived: Arc<AtomicU64>, ended: Arc<AtomicBool>)
-where
+async fn send_items<S>(
+    connection: Arc<Connection>,
+    id: u64,
+    mut input: S,
+    archived: Arc<AtomicU64>,
+    ended: Arc<AtomicBool>,
+) where
     S: Stream<Item = AppendEntriesRequest<C>> + Unpin,
 {
     while let Some(request) = input.next().await {

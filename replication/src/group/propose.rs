@@ -17,7 +17,7 @@ use thiserror::Error;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::gather::gather;
-use super::group::Shared;
+use super::member::Shared;
 use super::network::ask_member;
 use super::types::{Sealed, TypeConfig};
 use crate::network::{CallError, Service};
@@ -160,7 +160,9 @@ async fn start_write(shared: &Shared, commands: Vec<Command>) -> (Started, Vec<C
     if !shared.may_write() {
         return (Err(Outcome::NotLeader), commands);
     }
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     let (sealed, commands) = shared.codec.seal(commands, now.as_millis() as u64);
     let (responder, outcome) = ProgressResponder::complete_only();
     let entry = Sealed(Bytes::from(sealed));
@@ -191,7 +193,11 @@ async fn finish_write(shared: &Shared, started: Started) -> Outcome {
 }
 
 /// Tries members as leaders until one takes the batch or time is up.
-async fn find_leader(shared: &Arc<Shared>, waiting: Vec<(usize, Proposal)>, mut commands: Vec<Command>) {
+async fn find_leader(
+    shared: &Arc<Shared>,
+    waiting: Vec<(usize, Proposal)>,
+    mut commands: Vec<Command>,
+) {
     // The member that forwarded a batch looks on itself. Requests of this node's own clients in
     // the same round are few, and their clients try again.
     if waiting.iter().any(|(_, proposal)| proposal.forwarded) {
@@ -228,7 +234,16 @@ async fn forward(shared: &Shared, body: &[u8]) -> Outcome {
         return Outcome::NotLeader;
     };
     let member = (leader, address.as_str());
-    match ask_member(&shared.peers, member, Service::Propose, shared.group, body, OUTCOME).await {
+    match ask_member(
+        &shared.peers,
+        member,
+        Service::Propose,
+        shared.group,
+        body,
+        OUTCOME,
+    )
+    .await
+    {
         Ok(body) => {
             let Ok(replies) = Replies::decode(body) else {
                 return Outcome::Failed(ProposeError::LeaderChanged);
@@ -263,7 +278,11 @@ fn answer_all(waiting: Vec<(usize, Proposal)>, answer: Answer) {
             for (count, proposal) in waiting {
                 let own: Vec<Reply> = replies.by_ref().take(count).collect();
                 let complete = own.len() == count;
-                let answer = if complete { Ok(own) } else { Err(ProposeError::LeaderChanged) };
+                let answer = if complete {
+                    Ok(own)
+                } else {
+                    Err(ProposeError::LeaderChanged)
+                };
                 let _ = proposal.tell.send(answer);
             }
         }

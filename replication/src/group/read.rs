@@ -9,7 +9,7 @@ use openraft::ReadPolicy;
 use tokio::sync::{mpsc, oneshot};
 
 use super::gather::gather;
-use super::group::Shared;
+use super::member::Shared;
 use super::network::ask_member;
 use super::propose::ProposeError;
 use crate::network::Service;
@@ -86,9 +86,16 @@ async fn read_index(shared: &Shared) -> Option<u64> {
 async fn ask_leader(shared: &Shared) -> Option<u64> {
     let (leader, address) = shared.leader()?;
     let member = (leader, address.as_str());
-    let body = ask_member(&shared.peers, member, Service::ReadIndex, shared.group, &[], ROUND)
-        .await
-        .ok()?;
+    let body = ask_member(
+        &shared.peers,
+        member,
+        Service::ReadIndex,
+        shared.group,
+        &[],
+        ROUND,
+    )
+    .await
+    .ok()?;
     Some(u64::from_be_bytes(body.as_ref().try_into().ok()?))
 }
 

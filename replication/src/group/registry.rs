@@ -9,7 +9,7 @@ use futures::StreamExt;
 use parking_lot::RwLock;
 use tokio::sync::mpsc;
 
-use super::group::Group;
+use super::member::Group;
 use super::types::TypeConfig;
 use super::{propose, read, snapshot};
 use crate::GroupId;
@@ -58,12 +58,15 @@ impl Groups {
     }
 
     fn find(&self, id: GroupId) -> Result<Arc<Group>, String> {
-        self.get(id).ok_or_else(|| format!("group {id} is not open on this node"))
+        self.get(id)
+            .ok_or_else(|| format!("group {id} is not open on this node"))
     }
 }
 
 fn json<T: serde::Serialize>(value: &T) -> Result<Bytes, String> {
-    serde_json::to_vec(value).map(Bytes::from).map_err(|e| e.to_string())
+    serde_json::to_vec(value)
+        .map(Bytes::from)
+        .map_err(|e| e.to_string())
 }
 
 fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, String> {
@@ -81,15 +84,31 @@ impl Handler for Groups {
         let raft = group.raft();
         match service {
             Service::Append => {
-                let (request, archived) = append::decode(&body).ok_or("the append does not parse")?;
+                let (request, archived) =
+                    append::decode(&body).ok_or("the append does not parse")?;
                 group.note_archived(archived);
-                json(&raft.append_entries(request).await.map_err(|e| e.to_string())?)
+                json(
+                    &raft
+                        .append_entries(request)
+                        .await
+                        .map_err(|e| e.to_string())?,
+                )
             }
             Service::Vote => json(&raft.vote(parse(&body)?).await.map_err(|e| e.to_string())?),
-            Service::PreVote => json(&raft.pre_vote(parse(&body)?).await.map_err(|e| e.to_string())?),
+            Service::PreVote => json(
+                &raft
+                    .pre_vote(parse(&body)?)
+                    .await
+                    .map_err(|e| e.to_string())?,
+            ),
             Service::TransferLeader => {
                 let request = parse(&body)?;
-                json(&raft.handle_transfer_leader(request).await.map_err(|e| e.to_string())?)
+                json(
+                    &raft
+                        .handle_transfer_leader(request)
+                        .await
+                        .map_err(|e| e.to_string())?,
+                )
             }
             Service::SnapshotBegin => {
                 snapshot::receive_begin(group.dir(), &body).map_err(|e| e.to_string())?;
@@ -121,7 +140,12 @@ impl Handler for Groups {
         }
     }
 
-    async fn stream(&self, id: GroupId, items: mpsc::Receiver<Bytes>, replies: mpsc::Sender<Bytes>) -> Result<(), String> {
+    async fn stream(
+        &self,
+        id: GroupId,
+        items: mpsc::Receiver<Bytes>,
+        replies: mpsc::Sender<Bytes>,
+    ) -> Result<(), String> {
         let group = self.find(id)?;
         let receiver = group.clone();
         let input = futures::stream::unfold(items, move |mut items| {
@@ -135,7 +159,8 @@ impl Handler for Groups {
         });
         let mut out = Box::pin(group.raft().stream_append(input));
         while let Some(item) = out.next().await {
-            let item: openraft::raft::StreamAppendResult<TypeConfig> = item.map_err(|e| e.to_string())?;
+            let item: openraft::raft::StreamAppendResult<TypeConfig> =
+                item.map_err(|e| e.to_string())?;
             let over = item.is_err();
             if replies.send(json(&item)?).await.is_err() || over {
                 break;

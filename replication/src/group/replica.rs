@@ -95,7 +95,12 @@ impl ReplicaDir {
     }
 
     /// Makes `dir` the snapshot. Its files must be synced.
-    pub fn set_snapshot(&self, dir: &Path, meta: &SnapshotMeta, state: &State) -> io::Result<PathBuf> {
+    pub fn set_snapshot(
+        &self,
+        dir: &Path,
+        meta: &SnapshotMeta,
+        state: &State,
+    ) -> io::Result<PathBuf> {
         let before = self.snapshot()?.map(|found| found.dir);
         let index = meta.last_log_id.as_ref().map_or(0, |id| id.index);
         let tag = hex::encode(kms::secret::random_bytes::<4>());
@@ -127,7 +132,9 @@ impl ReplicaDir {
         let stored: StoredMeta = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
         let dir = self.path.join(&stored.dir);
         if !dir.is_dir() {
-            return Err(io::Error::other("the snapshot that snapshot.json names is missing"));
+            return Err(io::Error::other(
+                "the snapshot that snapshot.json names is missing",
+            ));
         }
         let state = hex::decode(&stored.state).map_err(io::Error::other)?;
         Ok(Some(StoredSnapshot {

@@ -53,17 +53,32 @@ fn plain_name(name: &str) -> bool {
 }
 
 /// Sends the files of `dir` to `peer` and has them installed; answers the peer's response body.
-pub async fn send(peer: &Arc<Connection>, group: GroupId, vote: Vote, meta: SnapshotMeta, dir: &Path) -> Result<Bytes, CallError> {
+pub async fn send(
+    peer: &Arc<Connection>,
+    group: GroupId,
+    vote: Vote,
+    meta: SnapshotMeta,
+    dir: &Path,
+) -> Result<Bytes, CallError> {
     let session = hex::encode(kms::secret::random_bytes::<8>());
     let local = |e: io::Error| CallError::Remote(format!("reading the snapshot here: {e}"));
-    peer.call(Service::SnapshotBegin, group, session.as_bytes(), CHUNK_TIMEOUT).await?;
+    peer.call(
+        Service::SnapshotBegin,
+        group,
+        session.as_bytes(),
+        CHUNK_TIMEOUT,
+    )
+    .await?;
     let mut files = BTreeMap::new();
     let mut opened = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(local)? {
         let entry = entry.map_err(local)?;
         let name = entry.file_name().to_string_lossy().into_owned();
         // All are opened first: a newer snapshot may remove the names meanwhile.
-        opened.push((name, Arc::new(std::fs::File::open(entry.path()).map_err(local)?)));
+        opened.push((
+            name,
+            Arc::new(std::fs::File::open(entry.path()).map_err(local)?),
+        ));
     }
     for (name, file) in opened {
         let length = file.metadata().map_err(local)?.len();
@@ -75,12 +90,18 @@ pub async fn send(peer: &Arc<Connection>, group: GroupId, vote: Vote, meta: Snap
                 let size = CHUNK.min((length - offset) as usize);
                 let mut bytes = vec![0u8; size];
                 file.read_exact_at(&mut bytes, offset).map_err(local)?;
-                let head = ChunkHead { session, file: name, offset };
-                let head = serde_json::to_vec(&head).map_err(|e| CallError::Remote(e.to_string()))?;
+                let head = ChunkHead {
+                    session,
+                    file: name,
+                    offset,
+                };
+                let head =
+                    serde_json::to_vec(&head).map_err(|e| CallError::Remote(e.to_string()))?;
                 let mut body = (head.len() as u32).to_be_bytes().to_vec();
                 body.extend_from_slice(&head);
                 body.extend_from_slice(&bytes);
-                peer.call(Service::SnapshotChunk, group, &body, CHUNK_TIMEOUT).await?;
+                peer.call(Service::SnapshotChunk, group, &body, CHUNK_TIMEOUT)
+                    .await?;
                 Ok::<_, CallError>(bytes)
             }
         });
@@ -92,9 +113,15 @@ pub async fn send(peer: &Arc<Connection>, group: GroupId, vote: Vote, meta: Snap
         let hash = hasher.finalize().to_hex().to_string();
         files.insert(name, FileInfo { length, hash });
     }
-    let end = End { session, vote, meta, files };
+    let end = End {
+        session,
+        vote,
+        meta,
+        files,
+    };
     let body = serde_json::to_vec(&end).map_err(|e| CallError::Remote(e.to_string()))?;
-    peer.call(Service::SnapshotEnd, group, &body, END_TIMEOUT).await
+    peer.call(Service::SnapshotEnd, group, &body, END_TIMEOUT)
+        .await
 }
 
 /// Where a session's files are received: below the replica's directory.
@@ -112,7 +139,10 @@ pub fn receive_begin(replica: &Path, body: &[u8]) -> io::Result<()> {
 
 pub fn receive_chunk(replica: &Path, body: &[u8]) -> io::Result<()> {
     let bad = || io::Error::other("the chunk does not parse");
-    let length = body.get(..4).and_then(|b| b.try_into().ok()).ok_or_else(bad)?;
+    let length = body
+        .get(..4)
+        .and_then(|b| b.try_into().ok())
+        .ok_or_else(bad)?;
     let length = u32::from_be_bytes(length) as usize;
     let head = body.get(4..4 + length).ok_or_else(bad)?;
     let head: ChunkHead = serde_json::from_slice(head).map_err(io::Error::other)?;
@@ -120,7 +150,11 @@ pub fn receive_chunk(replica: &Path, body: &[u8]) -> io::Result<()> {
         return Err(bad());
     }
     let path = session_dir(replica, &head.session)?.join(&head.file);
-    let file = std::fs::OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
+    let file = std::fs::OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)?;
     file.write_all_at(&body[4 + length..], head.offset)
 }
 
@@ -138,7 +172,9 @@ pub fn receive_end(replica: &Path, end: &End) -> io::Result<PathBuf> {
         let bytes = std::fs::read(&path)?;
         let hash = blake3::hash(&bytes).to_hex().to_string();
         if bytes.len() as u64 != info.length || hash != info.hash {
-            return Err(io::Error::other(format!("snapshot file {name} arrived damaged")));
+            return Err(io::Error::other(format!(
+                "snapshot file {name} arrived damaged"
+            )));
         }
     }
     super::replica::sync_dir(&dir)?;

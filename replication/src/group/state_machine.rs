@@ -11,8 +11,8 @@ use openraft::{OptionalSend, RaftSnapshotBuilder};
 
 use super::replica::{ReplicaDir, sync_dir};
 use super::types::{
-    Answer, LogId, SnapshotMeta, StoredMembership, TypeConfig, decode_membership, encode_membership,
-    log_id, machine_entry,
+    Answer, LogId, SnapshotMeta, StoredMembership, TypeConfig, decode_membership,
+    encode_membership, log_id, machine_entry,
 };
 use crate::engine::{Budget, Engine};
 use crate::machine::{Machine, State};
@@ -41,9 +41,8 @@ fn applied(machine: &Machine) -> io::Result<(Option<LogId>, StoredMembership)> {
     let engine = machine.store().engine();
     let state = State::read(&engine)?;
     let membership = match State::read_membership(&engine)? {
-        Some(bytes) => {
-            decode_membership(&bytes).ok_or_else(|| io::Error::other("the stored membership does not parse"))?
-        }
+        Some(bytes) => decode_membership(&bytes)
+            .ok_or_else(|| io::Error::other("the stored membership does not parse"))?,
         None => StoredMembership::default(),
     };
     Ok((state.applied.map(log_id), membership))
@@ -90,7 +89,11 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         }
     }
 
-    async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: SnapshotDir) -> Result<(), io::Error> {
+    async fn install_snapshot(
+        &mut self,
+        meta: &SnapshotMeta,
+        snapshot: SnapshotDir,
+    ) -> Result<(), io::Error> {
         let (machine, replica, meta) = (self.machine.clone(), self.replica.clone(), meta.clone());
         tokio::task::spawn_blocking(move || install(&machine, &replica, &meta, snapshot))
             .await
@@ -109,7 +112,12 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
 
 /// Opens the received checkpoint as the next engine and puts it in use. Nothing of the old engine
 /// is touched before the new one is open and has the snapshot's position and membership.
-fn install(machine: &Machine, replica: &Replica, meta: &SnapshotMeta, snapshot: SnapshotDir) -> io::Result<()> {
+fn install(
+    machine: &Machine,
+    replica: &Replica,
+    meta: &SnapshotMeta,
+    snapshot: SnapshotDir,
+) -> io::Result<()> {
     let _one = replica.snapshots.lock();
     let (number, path) = replica.dir.next_engine(&snapshot.0)?;
     let engine = Engine::open(&path, replica.keys.clone(), &replica.budget)?;
@@ -117,7 +125,11 @@ fn install(machine: &Machine, replica: &Replica, meta: &SnapshotMeta, snapshot: 
     let mut batch = rocksdb::WriteBatch::default();
     state.applied = meta.last_log_id.as_ref().map(super::types::position);
     state.write(&engine, &mut batch);
-    State::write_membership(&engine, &mut batch, &encode_membership(&meta.last_membership));
+    State::write_membership(
+        &engine,
+        &mut batch,
+        &encode_membership(&meta.last_membership),
+    );
     engine.write(batch)?;
     // Durable before it is named: a checkpoint flushes, and is then the snapshot as well.
     let scratch = replica.dir.scratch("installed");

@@ -45,7 +45,9 @@ fn build() -> Result<(tempfile::TempDir, GroupLog, StateMachine), Box<dyn std::e
 }
 
 impl StoreBuilder<TypeConfig, GroupLog, StateMachine, tempfile::TempDir> for Builder {
-    async fn build(&self) -> Result<(tempfile::TempDir, GroupLog, StateMachine), StorageError<TypeConfig>> {
+    async fn build(
+        &self,
+    ) -> Result<(tempfile::TempDir, GroupLog, StateMachine), StorageError<TypeConfig>> {
         build().map_err(|e| StorageError::write(TypeConfig::err_from_string(e.to_string())))
     }
 }

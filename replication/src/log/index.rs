@@ -85,7 +85,11 @@ impl Index {
             return Vec::new();
         }
         self.purged = Some(at);
-        let gone = self.slots.iter().take_while(|s| s.position.index <= at.index).count();
+        let gone = self
+            .slots
+            .iter()
+            .take_while(|s| s.position.index <= at.index)
+            .count();
         self.slots.drain(..gone).filter_map(|s| s.place).collect()
     }
 
@@ -95,11 +99,18 @@ impl Index {
         Some(match record {
             Record::Append(entry) => {
                 let position = entry_position(entry)?;
-                self.push(Slot { position, bytes: None, place: Some(place) })
+                self.push(Slot {
+                    position,
+                    bytes: None,
+                    place: Some(place),
+                })
             }
             Record::Moved(entry) => {
                 let position = entry_position(entry)?;
-                if self.purged.is_some_and(|purged| purged.index >= position.index) {
+                if self
+                    .purged
+                    .is_some_and(|purged| purged.index >= position.index)
+                {
                     return Some(vec![place]);
                 }
                 match self.get_mut(position.index) {
@@ -109,8 +120,14 @@ impl Index {
                     // Its first writing was in a segment that is gone: entries move in order, so
                     // that it belongs before those still in place.
                     _ => {
-                        let slot = Slot { position, bytes: None, place: Some(place) };
-                        let at = self.slots.partition_point(|s| s.position.index < position.index);
+                        let slot = Slot {
+                            position,
+                            bytes: None,
+                            place: Some(place),
+                        };
+                        let at = self
+                            .slots
+                            .partition_point(|s| s.position.index < position.index);
                         self.slots.insert(at, slot);
                         Vec::new()
                     }
@@ -126,7 +143,11 @@ impl Index {
                 self.committed = *at;
                 Vec::new()
             }
-            Record::Drop => std::mem::take(self).slots.into_iter().filter_map(|s| s.place).collect(),
+            Record::Drop => std::mem::take(self)
+                .slots
+                .into_iter()
+                .filter_map(|s| s.place)
+                .collect(),
         })
     }
 }

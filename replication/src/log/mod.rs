@@ -47,11 +47,17 @@ const CACHE: usize = 64 << 20;
 pub enum LogError {
     #[error("log directory {path}: {cause}")]
     Io { path: String, cause: io::Error },
-    #[error("log file {file} is damaged at byte {offset}, and valid records follow: this node must not vote. Remove its data directory, so that it comes back as a new node")]
+    #[error(
+        "log file {file} is damaged at byte {offset}, and valid records follow: this node must not vote. Remove its data directory, so that it comes back as a new node"
+    )]
     Damaged { file: String, offset: u64 },
-    #[error("log file {file} has format {format}; run the version of holdfastd that wrote it, or a newer one")]
+    #[error(
+        "log file {file} has format {format}; run the version of holdfastd that wrote it, or a newer one"
+    )]
     Format { file: String, format: u8 },
-    #[error("log file {0} is missing: this node must not vote. Remove its data directory, so that it comes back as a new node")]
+    #[error(
+        "log file {0} is missing: this node must not vote. Remove its data directory, so that it comes back as a new node"
+    )]
     Missing(String),
 }
 
@@ -149,7 +155,13 @@ impl NodeLog {
         });
     }
 
-    fn append(&self, group: GroupId, index: &Mutex<Index>, entries: impl Iterator<Item = Entry>, done: Callback) {
+    fn append(
+        &self,
+        group: GroupId,
+        index: &Mutex<Index>,
+        entries: impl Iterator<Item = Entry>,
+        done: Callback,
+    ) {
         let mut records = Vec::new();
         let mut spans = Vec::new();
         let mut encoded = Vec::new();
@@ -236,7 +248,12 @@ impl NodeLog {
         drop(cache);
         for (group, at, _) in evicted {
             let index = self.groups.lock().get(&group).cloned();
-            if let Some(slot) = index.as_ref().map(|i| i.lock()).as_mut().and_then(|i| i.get_mut(at)) {
+            if let Some(slot) = index
+                .as_ref()
+                .map(|i| i.lock())
+                .as_mut()
+                .and_then(|i| i.get_mut(at))
+            {
                 slot.bytes = None;
             }
         }
@@ -249,7 +266,12 @@ impl NodeLog {
 
     /// State records of every group, for the beginning of a segment.
     fn states(&self) -> Vec<u8> {
-        let groups: Vec<_> = self.groups.lock().iter().map(|(g, i)| (*g, i.clone())).collect();
+        let groups: Vec<_> = self
+            .groups
+            .lock()
+            .iter()
+            .map(|(g, i)| (*g, i.clone()))
+            .collect();
         let mut out = Vec::new();
         for (group, index) in groups {
             let index = index.lock();

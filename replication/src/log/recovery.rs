@@ -31,7 +31,10 @@ fn segment_numbers(dir: &Path) -> Result<Vec<u64>, LogError> {
     let mut numbers = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(io(dir))? {
         let name = entry.map_err(io(dir))?.file_name();
-        let number: Option<u64> = name.to_str().and_then(|n| n.strip_suffix(".log")).and_then(|n| n.parse().ok());
+        let number: Option<u64> = name
+            .to_str()
+            .and_then(|n| n.strip_suffix(".log"))
+            .and_then(|n| n.parse().ok());
         numbers.extend(number);
     }
     numbers.sort_unstable();
@@ -51,7 +54,11 @@ pub fn recover(dir: &Path) -> Result<Recovered, LogError> {
         }
         let path = segment_path(dir, *number);
         let bytes = std::fs::read(&path).map_err(io(&path))?;
-        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(io(&path))?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .map_err(io(&path))?;
         segments.all.insert(
             *number,
             Segment {
@@ -63,13 +70,24 @@ pub fn recover(dir: &Path) -> Result<Recovered, LogError> {
             },
         );
         let last = n + 1 == numbers.len();
-        let end = replay(&path, *number, &bytes, &mut sequence, &mut groups, &mut segments, last)?;
+        let end = replay(
+            &path,
+            *number,
+            &bytes,
+            &mut sequence,
+            &mut groups,
+            &mut segments,
+            last,
+        )?;
         if last {
             cut(&path, &bytes, end)?;
         }
     }
     Ok(Recovered {
-        groups: groups.into_iter().map(|(g, i)| (g, Arc::new(Mutex::new(i)))).collect(),
+        groups: groups
+            .into_iter()
+            .map(|(g, i)| (g, Arc::new(Mutex::new(i))))
+            .collect(),
         segments,
         next_sequence: sequence + 1,
     })
@@ -150,7 +168,10 @@ fn replay(
 /// Cuts a torn tail off and syncs, so that its bytes cannot be taken for anything later.
 fn cut(path: &Path, bytes: &[u8], end: usize) -> Result<(), LogError> {
     if bytes[end..].iter().any(|b| *b != 0) {
-        tracing::warn!(bytes = bytes.len() - end, "the log's torn tail is discarded; it was never acknowledged");
+        tracing::warn!(
+            bytes = bytes.len() - end,
+            "the log's torn tail is discarded; it was never acknowledged"
+        );
     }
     let file = File::options().write(true).open(path).map_err(io(path))?;
     file.set_len(end as u64).map_err(io(path))?;

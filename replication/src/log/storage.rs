@@ -51,7 +51,12 @@ pub struct LogReader {
 impl LogReader {
     /// Encoded entries from index `start` to below `end`, in order, until `max_bytes` are reached
     /// (at least one). Entries that were purged or are not there yet end the list.
-    pub fn read(&self, start: u64, end: u64, max_bytes: usize) -> io::Result<Vec<(Position, bytes::Bytes)>> {
+    pub fn read(
+        &self,
+        start: u64,
+        end: u64,
+        max_bytes: usize,
+    ) -> io::Result<Vec<(Position, bytes::Bytes)>> {
         let mut found = Vec::new();
         let mut size = 0;
         let mut at = start;
@@ -64,7 +69,9 @@ impl LogReader {
             let bytes = match (bytes, place) {
                 (Some(bytes), _) => bytes,
                 (None, Some(place)) => self.log.read(place)?,
-                (None, None) => return Err(io::Error::other("a log entry has neither bytes nor place")),
+                (None, None) => {
+                    return Err(io::Error::other("a log entry has neither bytes nor place"));
+                }
             };
             size += bytes.len();
             found.push((position, bytes));
@@ -86,7 +93,8 @@ impl LogReader {
         self.read(start, end, max_bytes)?
             .iter()
             .map(|(at, bytes)| {
-                decode_entry(bytes).ok_or_else(|| io::Error::other(format!("log entry {at} does not parse")))
+                decode_entry(bytes)
+                    .ok_or_else(|| io::Error::other(format!("log entry {at} does not parse")))
             })
             .collect()
     }
@@ -117,7 +125,11 @@ impl RaftLogReader<TypeConfig> for LogReader {
         Ok(vote_of(&self.index))
     }
 
-    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
+    async fn limited_get_log_entries(
+        &mut self,
+        start: u64,
+        end: u64,
+    ) -> Result<Vec<Entry>, io::Error> {
         self.entries(start, end.min(start + MAX_ENTRIES), MAX_READ)
     }
 
@@ -159,9 +171,11 @@ impl RaftLogStorage<TypeConfig> for GroupLog {
             let done = Box::new(move || {
                 let _ = tell.send(());
             });
-            self.log.change(self.group, &[Record::Vote(*vote)], Some(done));
+            self.log
+                .change(self.group, &[Record::Vote(*vote)], Some(done));
         }
-        told.await.map_err(|_| io::Error::other("the log has stopped"))
+        told.await
+            .map_err(|_| io::Error::other("the log has stopped"))
     }
 
     /// Not waited for: it follows its entries into the log, never ahead of them.
@@ -169,7 +183,8 @@ impl RaftLogStorage<TypeConfig> for GroupLog {
         let committed = committed.as_ref().map(position);
         let mut index = self.index.lock();
         index.committed = committed;
-        self.log.change(self.group, &[Record::Committed(committed)], None);
+        self.log
+            .change(self.group, &[Record::Committed(committed)], None);
         Ok(())
     }
 
@@ -179,13 +194,18 @@ impl RaftLogStorage<TypeConfig> for GroupLog {
         Ok(index.committed.min(last).map(log_id))
     }
 
-    async fn append<I>(&mut self, entries: I, callback: IOFlushed<TypeConfig>) -> Result<(), io::Error>
+    async fn append<I>(
+        &mut self,
+        entries: I,
+        callback: IOFlushed<TypeConfig>,
+    ) -> Result<(), io::Error>
     where
         I: IntoIterator<Item = Entry> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
         let done = Box::new(move || callback.io_completed(Ok(())));
-        self.log.append(self.group, &self.index, entries.into_iter(), done);
+        self.log
+            .append(self.group, &self.index, entries.into_iter(), done);
         Ok(())
     }
 
@@ -193,7 +213,8 @@ impl RaftLogStorage<TypeConfig> for GroupLog {
         let after = last.map(|id| id.index);
         let mut index = self.index.lock();
         let freed = index.truncate(after);
-        self.log.change(self.group, &[Record::Truncate(after)], None);
+        self.log
+            .change(self.group, &[Record::Truncate(after)], None);
         drop(index);
         self.log.free(freed);
         Ok(())

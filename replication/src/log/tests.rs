@@ -20,14 +20,21 @@ fn group(n: u8) -> GroupId {
 
 fn entry(term: u64, index: u64) -> Entry {
     Entry {
-        log_id: log_id(Position { term, node: 1, index }),
+        log_id: log_id(Position {
+            term,
+            node: 1,
+            index,
+        }),
         payload: EntryPayload::Normal(Sealed(vec![index as u8; 40].into())),
     }
 }
 
 async fn append(log: &Arc<NodeLog>, group: GroupId, entries: Vec<Entry>) {
     let (tx, rx) = <TypeConfig as openraft::type_config::TypeConfigExt>::oneshot();
-    log.group(group).append(entries, IOFlushed::signal(tx)).await.unwrap();
+    log.group(group)
+        .append(entries, IOFlushed::signal(tx))
+        .await
+        .unwrap();
     rx.await.unwrap().unwrap();
 }
 
@@ -36,7 +43,10 @@ async fn contents(log: &Arc<NodeLog>) -> Vec<(Option<Vote>, Vec<Entry>)> {
     let mut all = Vec::new();
     for n in [1, 2] {
         let mut reader = log.group(group(n)).reader();
-        all.push((reader.read_vote().await.unwrap(), reader.try_get_log_entries(..).await.unwrap()));
+        all.push((
+            reader.read_vote().await.unwrap(),
+            reader.try_get_log_entries(..).await.unwrap(),
+        ));
     }
     all
 }
@@ -48,7 +58,10 @@ async fn filled(dir: &Path) -> Vec<(Option<Vote>, Vec<Entry>)> {
         append(&log, group(1), vec![entry(1, index)]).await;
         append(&log, group(2), vec![entry(1, index)]).await;
     }
-    log.group(group(1)).save_vote(&Vote::new_committed(2, 1)).await.unwrap();
+    log.group(group(1))
+        .save_vote(&Vote::new_committed(2, 1))
+        .await
+        .unwrap();
     append(&log, group(1), vec![entry(2, 6)]).await;
     tokio::time::sleep(std::time::Duration::from_millis(200)).await;
     let all = contents(&log).await;
@@ -92,13 +105,20 @@ async fn a_flip_at_every_byte_is_noticed_or_harmless() {
             Err(LogError::Damaged { .. } | LogError::Format { .. }) => refused += 1,
             Err(e) => panic!("flip at {at}: {e}"),
             Ok(log) => {
-                assert_eq!(contents(&log).await, before, "flip at {at} of {end} changed what is read");
+                assert_eq!(
+                    contents(&log).await,
+                    before,
+                    "flip at {at} of {end} changed what is read"
+                );
                 harmless += 1;
             }
         }
     }
     // All but the idle mark, which holds nothing, and the empty space behind it.
-    assert!(refused > end * 9 / 10, "{refused} refused, {harmless} harmless of {end}");
+    assert!(
+        refused > end * 9 / 10,
+        "{refused} refused, {harmless} harmless of {end}"
+    );
 }
 
 /// Row 14: a record cut at every byte is discarded, and nothing before it.
@@ -138,5 +158,8 @@ async fn a_newer_format_is_refused() {
     let crc = crc32fast::hash(&bytes[..24]);
     bytes[24..28].copy_from_slice(&crc.to_be_bytes());
     std::fs::write(the_file(dir.path()), &bytes).unwrap();
-    assert!(matches!(NodeLog::open(dir.path()), Err(LogError::Format { format: 2, .. })));
+    assert!(matches!(
+        NodeLog::open(dir.path()),
+        Err(LogError::Format { format: 2, .. })
+    ));
 }

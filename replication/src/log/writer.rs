@@ -61,12 +61,18 @@ impl Writer {
                     let mut size = change.records.len();
                     pending.push(change);
                     while size < GATHER {
-                        let Ok(change) = changes.try_recv() else { break };
+                        let Ok(change) = changes.try_recv() else {
+                            break;
+                        };
                         size += change.records.len();
                         pending.push(change);
                     }
                     // Nobody waits for a committed position alone: it goes with the next frame.
-                    if pending.iter().all(|c| c.done.is_none() && c.entries.is_empty()) && size < 4096 {
+                    if pending
+                        .iter()
+                        .all(|c| c.done.is_none() && c.entries.is_empty())
+                        && size < 4096
+                    {
                         continue;
                     }
                     self.or_exit(|w| w.write(Kind::Records, std::mem::take(&mut pending)));
@@ -138,7 +144,10 @@ impl Writer {
     /// Writes the frame in `buffer` at the end and syncs it.
     fn put_frame(&mut self, kind: Kind) -> io::Result<()> {
         frame::finish(&mut self.buffer, kind, self.sequence);
-        let file = self.file.as_ref().ok_or_else(|| io::Error::other("no segment is open"))?;
+        let file = self
+            .file
+            .as_ref()
+            .ok_or_else(|| io::Error::other("no segment is open"))?;
         file.write_all_at(&self.buffer, self.offset)?;
         file.sync_data()?;
         self.offset += self.buffer.len() as u64;
@@ -216,13 +225,20 @@ impl Writer {
     }
 
     fn move_out(&mut self, log: &Arc<NodeLog>, number: u64) -> io::Result<()> {
-        let groups: Vec<_> = log.groups.lock().iter().map(|(g, i)| (*g, i.clone())).collect();
+        let groups: Vec<_> = log
+            .groups
+            .lock()
+            .iter()
+            .map(|(g, i)| (*g, i.clone()))
+            .collect();
         for (group, index) in groups {
             let places: Vec<(Position, Place)> = index
                 .lock()
                 .slots
                 .iter()
-                .filter_map(|slot| Some((slot.position, slot.place.filter(|p| p.segment == number)?)))
+                .filter_map(|slot| {
+                    Some((slot.position, slot.place.filter(|p| p.segment == number)?))
+                })
                 .collect();
             if places.is_empty() {
                 continue;

@@ -62,7 +62,12 @@ pub struct Machine {
 }
 
 impl Machine {
-    pub fn new(store: Arc<Store>, codec: Arc<EntryCodec>, keys: &TenantKeys, group: GroupId) -> Self {
+    pub fn new(
+        store: Arc<Store>,
+        codec: Arc<EntryCodec>,
+        keys: &TenantKeys,
+        group: GroupId,
+    ) -> Self {
         Machine {
             store,
             codec,
@@ -245,12 +250,17 @@ impl Writer<'_> {
             let hash = self.hasher.hash(&request.key, &previous.encode());
             self.state.digests.keys.subtract(hash);
         }
-        self.state.digests.keys.add(self.hasher.hash(&request.key, &row));
+        self.state
+            .digests
+            .keys
+            .add(self.hasher.hash(&request.key, &row));
         self.state.bytes += (request.key.len() + record.value.len()) as u64;
-        self.batch.put_cf(self.engine.cf(Cf::Kv), &request.key, &row);
+        self.batch
+            .put_cf(self.engine.cf(Cf::Kv), &request.key, &row);
         let event = Event::encode_put(&request.key, &row);
         self.event(revision, PUT, &request.key, &event);
-        self.overlay.push(revision, request.key.clone(), Some(record));
+        self.overlay
+            .push(revision, request.key.clone(), Some(record));
         let prev_kv = previous
             .filter(|_| request.prev_kv)
             .map(|p| p.into_key_value(request.key));
@@ -266,12 +276,18 @@ impl Writer<'_> {
         history[1..].copy_from_slice(&self.sub.to_be_bytes());
         self.batch
             .put_cf(self.engine.cf(Cf::Rev), key::rev(revision, self.sub), event);
-        self.batch
-            .put_cf(self.engine.cf(Cf::Hist), key::hist(user_key, revision), history);
+        self.batch.put_cf(
+            self.engine.cf(Cf::Hist),
+            key::hist(user_key, revision),
+            history,
+        );
         self.sub += 1;
     }
 
-    fn delete_range(&mut self, request: &DeleteRangeRequest) -> Result<DeleteRangeResponse, Failed> {
+    fn delete_range(
+        &mut self,
+        request: &DeleteRangeRequest,
+    ) -> Result<DeleteRangeResponse, Failed> {
         let revision = self.state.revision + 1;
         let range = KeyRange::new(&request.key, &request.range_end);
         let found = self.view().scan(&range, self.revision(), 0)?;
@@ -304,7 +320,11 @@ impl Writer<'_> {
         Ok(response)
     }
 
-    fn check_path(&self, request: &TxnRequest, path: &mut std::slice::Iter<'_, bool>) -> Result<(), Failed> {
+    fn check_path(
+        &self,
+        request: &TxnRequest,
+        path: &mut std::slice::Iter<'_, bool>,
+    ) -> Result<(), Failed> {
         let holds = *path.next().expect("decide visits every txn on the path");
         for op in branch(request, holds) {
             match &op.request {
@@ -317,7 +337,11 @@ impl Writer<'_> {
         Ok(())
     }
 
-    fn run(&mut self, request: &TxnRequest, path: &mut std::slice::Iter<'_, bool>) -> Result<TxnResponse, Failed> {
+    fn run(
+        &mut self,
+        request: &TxnRequest,
+        path: &mut std::slice::Iter<'_, bool>,
+    ) -> Result<TxnResponse, Failed> {
         let holds = *path.next().expect("decide visits every txn on the path");
         let mut responses = Vec::new();
         for op in branch(request, holds) {
@@ -388,7 +412,12 @@ impl Writer<'_> {
 }
 
 /// Which branch each txn takes, outer before inner, all compared before anything is written.
-fn decide(view: &View<'_>, revision: i64, request: &TxnRequest, path: &mut Vec<bool>) -> Result<(), Failed> {
+fn decide(
+    view: &View<'_>,
+    revision: i64,
+    request: &TxnRequest,
+    path: &mut Vec<bool>,
+) -> Result<(), Failed> {
     let mut holds = true;
     for one in &request.compare {
         holds = holds && compare(view, revision, one)?;
@@ -416,11 +445,18 @@ fn compare(view: &View<'_>, revision: i64, compare: &Compare) -> Result<bool, Fa
         let value = compare.target() == CompareTarget::Value;
         return Ok(!value && matches(compare, &missing));
     }
-    Ok(found.rows.iter().all(|(_, record)| matches(compare, record)))
+    Ok(found
+        .rows
+        .iter()
+        .all(|(_, record)| matches(compare, record)))
 }
 
 /// Answers a txn that changes nothing.
-pub(super) fn read_txn(view: &View<'_>, state: &State, request: &TxnRequest) -> Result<TxnResponse, Failed> {
+pub(super) fn read_txn(
+    view: &View<'_>,
+    state: &State,
+    request: &TxnRequest,
+) -> Result<TxnResponse, Failed> {
     let mut path = Vec::new();
     decide(view, state.revision, request, &mut path)?;
     let mut response = read_branch(view, state, request, &mut path.iter())?;
@@ -428,14 +464,21 @@ pub(super) fn read_txn(view: &View<'_>, state: &State, request: &TxnRequest) -> 
     Ok(response)
 }
 
-fn read_branch(view: &View<'_>, state: &State, request: &TxnRequest, path: &mut std::slice::Iter<'_, bool>) -> Result<TxnResponse, Failed> {
+fn read_branch(
+    view: &View<'_>,
+    state: &State,
+    request: &TxnRequest,
+    path: &mut std::slice::Iter<'_, bool>,
+) -> Result<TxnResponse, Failed> {
     let holds = *path.next().expect("decide visits every txn on the path");
     let mut responses = Vec::new();
     for op in branch(request, holds) {
         let response = match &op.request {
-            Some(Request::RequestRange(r)) => {
-                Some(Response::ResponseRange(range::range(view, state.bounds(), r)?))
-            }
+            Some(Request::RequestRange(r)) => Some(Response::ResponseRange(range::range(
+                view,
+                state.bounds(),
+                r,
+            )?)),
             Some(Request::RequestTxn(nested)) => {
                 let mut nested = read_branch(view, state, nested, path)?;
                 nested.header = Some(ResponseHeader::default());
@@ -453,7 +496,11 @@ fn read_branch(view: &View<'_>, state: &State, request: &TxnRequest, path: &mut 
 }
 
 fn branch(request: &TxnRequest, holds: bool) -> &[RequestOp] {
-    if holds { &request.success } else { &request.failure }
+    if holds {
+        &request.success
+    } else {
+        &request.failure
+    }
 }
 
 fn matches(compare: &Compare, record: &Record) -> bool {
@@ -461,19 +508,31 @@ fn matches(compare: &Compare, record: &Record) -> bool {
     let target = compare.target_union.as_ref();
     let ordering = match compare.target() {
         CompareTarget::Version => int(
-            target.and_then(|t| match t { TargetUnion::Version(v) => Some(*v), _ => None }),
+            target.and_then(|t| match t {
+                TargetUnion::Version(v) => Some(*v),
+                _ => None,
+            }),
             record.version,
         ),
         CompareTarget::Create => int(
-            target.and_then(|t| match t { TargetUnion::CreateRevision(v) => Some(*v), _ => None }),
+            target.and_then(|t| match t {
+                TargetUnion::CreateRevision(v) => Some(*v),
+                _ => None,
+            }),
             record.create,
         ),
         CompareTarget::Mod => int(
-            target.and_then(|t| match t { TargetUnion::ModRevision(v) => Some(*v), _ => None }),
+            target.and_then(|t| match t {
+                TargetUnion::ModRevision(v) => Some(*v),
+                _ => None,
+            }),
             record.modified,
         ),
         CompareTarget::Lease => int(
-            target.and_then(|t| match t { TargetUnion::Lease(v) => Some(*v), _ => None }),
+            target.and_then(|t| match t {
+                TargetUnion::Lease(v) => Some(*v),
+                _ => None,
+            }),
             record.lease,
         ),
         CompareTarget::Value => {

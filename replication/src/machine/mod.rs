@@ -9,6 +9,6 @@ mod apply;
 mod state;
 mod store;
 
-pub use apply::{check_command, Entry, Machine, MachineError, Payload};
+pub use apply::{Entry, Machine, MachineError, Payload, check_command};
 pub use state::State;
 pub use store::Store;

@@ -122,7 +122,11 @@ mod tests {
     #[test]
     fn survives_encoding_and_refuses_another_format() {
         let state = State {
-            applied: Some(Position { term: 3, node: 9, index: 77 }),
+            applied: Some(Position {
+                term: 3,
+                node: 9,
+                index: 77,
+            }),
             revision: 12,
             compacted: 4,
             time_ms: 5,

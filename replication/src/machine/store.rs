@@ -56,7 +56,11 @@ impl Store {
     }
 
     /// Writes what apply has gathered and moves the state with it.
-    pub(super) fn commit(&self, batch: rocksdb::WriteBatch, state: State) -> Result<(), EngineError> {
+    pub(super) fn commit(
+        &self,
+        batch: rocksdb::WriteBatch,
+        state: State,
+    ) -> Result<(), EngineError> {
         let mut inner = self.inner.write();
         inner.engine.write(batch)?;
         inner.state = state.clone();
@@ -136,7 +140,11 @@ impl Store {
 
     /// Counts the digests anew from every row of a snapshot, and says at which state. Rate-limited
     /// by the caller through `pace`, which is called for each row.
-    pub fn scan_digests(&self, hasher: &Hasher, mut pace: impl FnMut(usize)) -> Result<(Digests, State), EngineError> {
+    pub fn scan_digests(
+        &self,
+        hasher: &Hasher,
+        mut pace: impl FnMut(usize),
+    ) -> Result<(Digests, State), EngineError> {
         self.view(|view, state| {
             let mut digests = Digests::default();
             for (cf, digest) in [
@@ -150,7 +158,10 @@ impl Store {
                 }
                 options.fill_cache(false);
                 options.set_verify_checksums(true);
-                let mut rows = view.engine.db().raw_iterator_cf_opt(view.engine.cf(cf), options);
+                let mut rows = view
+                    .engine
+                    .db()
+                    .raw_iterator_cf_opt(view.engine.cf(cf), options);
                 rows.seek_to_first();
                 while let Some((key, row)) = rows.item() {
                     digest.add(hasher.hash(key, row));

@@ -102,7 +102,11 @@ pub fn range(request: &RangeRequest) -> Result<(), Failed> {
     }
     let known = SortOrder::try_from(request.sort_order).is_ok()
         && SortTarget::try_from(request.sort_target).is_ok();
-    if known { Ok(()) } else { Err(Failed::InvalidSort) }
+    if known {
+        Ok(())
+    } else {
+        Err(Failed::InvalidSort)
+    }
 }
 
 pub fn put(request: &PutRequest) -> Result<(), Failed> {
@@ -119,7 +123,11 @@ pub fn put(request: &PutRequest) -> Result<(), Failed> {
 }
 
 pub fn delete_key(key: &[u8]) -> Result<(), Failed> {
-    if key.is_empty() { Err(Failed::EmptyKey) } else { Ok(()) }
+    if key.is_empty() {
+        Err(Failed::EmptyKey)
+    } else {
+        Ok(())
+    }
 }
 
 /// Checks a txn: sizes, each operation, and that no key is put twice or put and deleted.

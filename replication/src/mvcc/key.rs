@@ -105,7 +105,10 @@ mod tests {
         for k in keys {
             for r in [9, 3, 1] {
                 rows.push(hist(k, r));
-                assert_eq!(parse_hist(&hist(k, r)).unwrap(), (Bytes::copy_from_slice(k), r));
+                assert_eq!(
+                    parse_hist(&hist(k, r)).unwrap(),
+                    (Bytes::copy_from_slice(k), r)
+                );
             }
         }
         let mut sorted = rows.clone();

@@ -30,7 +30,11 @@ impl Bounds {
 }
 
 /// Answers `request`; the header carries the current revision only.
-pub fn range(view: &View<'_>, bounds: Bounds, request: &RangeRequest) -> Result<RangeResponse, Failed> {
+pub fn range(
+    view: &View<'_>,
+    bounds: Bounds,
+    request: &RangeRequest,
+) -> Result<RangeResponse, Failed> {
     bounds.check(request.revision)?;
     let at = match request.revision {
         0 | i64::MIN..0 => bounds.revision,
@@ -93,7 +97,11 @@ pub fn range(view: &View<'_>, bounds: Bounds, request: &RangeRequest) -> Result<
 fn passes(kv: &KeyValue, r: &RangeRequest) -> bool {
     let within = |value, min, max| (min == 0 || value >= min) && (max == 0 || value <= max);
     within(kv.mod_revision, r.min_mod_revision, r.max_mod_revision)
-        && within(kv.create_revision, r.min_create_revision, r.max_create_revision)
+        && within(
+            kv.create_revision,
+            r.min_create_revision,
+            r.max_create_revision,
+        )
 }
 
 fn sort(kvs: &mut [KeyValue], target: SortTarget, order: SortOrder) {

@@ -62,16 +62,27 @@ impl View<'_> {
         let cf = self.engine.cf(Cf::Kv);
         let row = match &self.snapshot {
             None => self.engine.db().get_pinned_cf(cf, key)?,
-            Some(_) => self.engine.db().get_pinned_cf_opt(cf, key, &self.options())?,
+            Some(_) => self
+                .engine
+                .db()
+                .get_pinned_cf_opt(cf, key, &self.options())?,
         };
         row.map(|row| Record::decode(&row).ok_or_else(damaged))
             .transpose()
     }
 
     /// Live records of `range` at `revision` (which the caller has checked); `limit` 0 is none.
-    pub fn scan(&self, range: &KeyRange, revision: i64, limit: usize) -> Result<Found, EngineError> {
+    pub fn scan(
+        &self,
+        range: &KeyRange,
+        revision: i64,
+        limit: usize,
+    ) -> Result<Found, EngineError> {
         if range.is_empty() {
-            return Ok(Found { rows: Vec::new(), count: 0 });
+            return Ok(Found {
+                rows: Vec::new(),
+                count: 0,
+            });
         }
         let pending: &[(i64, Bytes, Option<Record>)] = match self.overlay {
             Some(overlay) => &overlay.events,
@@ -100,7 +111,12 @@ impl View<'_> {
         })
     }
 
-    fn scan_engine(&self, range: &KeyRange, revision: i64, limit: usize) -> Result<Found, EngineError> {
+    fn scan_engine(
+        &self,
+        range: &KeyRange,
+        revision: i64,
+        limit: usize,
+    ) -> Result<Found, EngineError> {
         if revision < self.revision {
             return self.scan_history(range, revision, limit);
         }
@@ -119,9 +135,15 @@ impl View<'_> {
         if let Some(to) = to {
             options.set_iterate_upper_bound(to.as_ref());
         }
-        let mut rows = self.engine.db().raw_iterator_cf_opt(self.engine.cf(Cf::Kv), options);
+        let mut rows = self
+            .engine
+            .db()
+            .raw_iterator_cf_opt(self.engine.cf(Cf::Kv), options);
         rows.seek(from);
-        let mut found = Found { rows: Vec::new(), count: 0 };
+        let mut found = Found {
+            rows: Vec::new(),
+            count: 0,
+        };
         while let Some((key, row)) = rows.item() {
             found.count += 1;
             if found.rows.len() < limit {
@@ -135,17 +157,22 @@ impl View<'_> {
     }
 
     fn engine_get(&self, key: &[u8]) -> Result<Option<Record>, EngineError> {
-        let row = self
-            .engine
-            .db()
-            .get_pinned_cf_opt(self.engine.cf(Cf::Kv), key, &self.options())?;
+        let row =
+            self.engine
+                .db()
+                .get_pinned_cf_opt(self.engine.cf(Cf::Kv), key, &self.options())?;
         row.map(|row| Record::decode(&row).ok_or_else(damaged))
             .transpose()
     }
 
     /// As `scan_engine` below the newest revision: for each user key in `hist`, the newest row at
     /// or before `revision`.
-    fn scan_history(&self, range: &KeyRange, revision: i64, limit: usize) -> Result<Found, EngineError> {
+    fn scan_history(
+        &self,
+        range: &KeyRange,
+        revision: i64,
+        limit: usize,
+    ) -> Result<Found, EngineError> {
         let (from, to) = match range {
             KeyRange::One(key) => {
                 let mut end = key.to_vec();
@@ -158,21 +185,31 @@ impl View<'_> {
         if let Some(to) = to {
             options.set_iterate_upper_bound(to);
         }
-        let mut rows = self.engine.db().raw_iterator_cf_opt(self.engine.cf(Cf::Hist), options);
+        let mut rows = self
+            .engine
+            .db()
+            .raw_iterator_cf_opt(self.engine.cf(Cf::Hist), options);
         rows.seek(key::escape(&from));
-        let mut found = Found { rows: Vec::new(), count: 0 };
+        let mut found = Found {
+            rows: Vec::new(),
+            count: 0,
+        };
         while let Some((user_key, newest)) = Self::history_row(&rows)? {
             if newest > revision {
                 rows.seek(key::hist(&user_key, revision));
             }
-            let row = rows.item().and_then(|(k, v)| Some((key::parse_hist(k)?, v.to_vec())));
+            let row = rows
+                .item()
+                .and_then(|(k, v)| Some((key::parse_hist(k)?, v.to_vec())));
             if let Some(((at_key, at), row)) = row
                 && at_key == user_key
                 && row.first() != Some(&DELETE)
             {
                 found.count += 1;
                 if found.rows.len() < limit {
-                    found.rows.push((user_key.clone(), self.event_record(at, &row)?));
+                    found
+                        .rows
+                        .push((user_key.clone(), self.event_record(at, &row)?));
                 }
             }
             // Past this key's oldest row, whose complemented revision is below all ones.
@@ -195,7 +232,10 @@ impl View<'_> {
 
     fn event_record(&self, revision: i64, history: &[u8]) -> Result<Record, EngineError> {
         let bad = || EngineError::Damaged("history row");
-        let sub = history.get(1..5).and_then(|b| b.try_into().ok()).ok_or_else(bad)?;
+        let sub = history
+            .get(1..5)
+            .and_then(|b| b.try_into().ok())
+            .ok_or_else(bad)?;
         let row = self
             .engine
             .get(Cf::Rev, &key::rev(revision, u32::from_be_bytes(sub)))?

@@ -6,7 +6,9 @@ use bytes::Bytes;
 use openraft::raft::AppendEntriesRequest;
 
 use crate::Position;
-use crate::group::types::{LogId, TypeConfig, decode_entry, decode_vote, encode_entry, encode_vote, log_id, position};
+use crate::group::types::{
+    LogId, TypeConfig, decode_entry, decode_vote, encode_entry, encode_vote, log_id, position,
+};
 
 const HEAD: usize = 17 + 25 + 25 + 8;
 

@@ -64,13 +64,19 @@ impl StreamReplies {
 impl Drop for StreamReplies {
     fn drop(&mut self) {
         if self.connection.take(self.id).is_some() {
-            let _ = self.connection.out.try_send(frame::encode(Kind::StreamEnd, self.id, &[]));
+            let _ = self
+                .connection
+                .out
+                .try_send(frame::encode(Kind::StreamEnd, self.id, &[]));
         }
     }
 }
 
 /// Writes what is queued, flushing when the queue is empty.
-pub(super) async fn write_loop<W: AsyncWrite + Unpin>(mut io: W, mut queue: mpsc::Receiver<Bytes>) -> std::io::Result<()> {
+pub(super) async fn write_loop<W: AsyncWrite + Unpin>(
+    mut io: W,
+    mut queue: mpsc::Receiver<Bytes>,
+) -> std::io::Result<()> {
     let mut gathered = Vec::with_capacity(128 << 10);
     while let Some(first) = queue.recv().await {
         gathered.clear();
@@ -90,7 +96,11 @@ pub(super) async fn write_loop<W: AsyncWrite + Unpin>(mut io: W, mut queue: mpsc
 
 impl Connection {
     /// Starts a connection after the greeting; `closed` is told when it is over.
-    pub(super) fn start<R, W>(mut reader: frame::Reader<R>, writer: W, closed: oneshot::Sender<()>) -> Arc<Self>
+    pub(super) fn start<R, W>(
+        mut reader: frame::Reader<R>,
+        writer: W,
+        closed: oneshot::Sender<()>,
+    ) -> Arc<Self>
     where
         R: AsyncRead + Unpin + Send + 'static,
         W: AsyncWrite + Unpin + Send + 'static,
@@ -132,7 +142,8 @@ impl Connection {
                     let _ = tell.send(match frame.payload.first() {
                         Some(1) => Ok(frame.payload.slice(1..)),
                         _ => Err(CallError::Remote(
-                            String::from_utf8_lossy(frame.payload.get(1..).unwrap_or_default()).into_owned(),
+                            String::from_utf8_lossy(frame.payload.get(1..).unwrap_or_default())
+                                .into_owned(),
                         )),
                     });
                 }
@@ -167,7 +178,13 @@ impl Connection {
     }
 
     /// Asks and waits. After a time-out or a lost connection the outcome is unknown.
-    pub async fn call(&self, service: Service, group: GroupId, body: &[u8], within: Duration) -> Result<Bytes, CallError> {
+    pub async fn call(
+        &self,
+        service: Service,
+        group: GroupId,
+        body: &[u8],
+        within: Duration,
+    ) -> Result<Bytes, CallError> {
         let (tell, told) = oneshot::channel();
         let id = self.register(Pending::Call(tell))?;
         let mut out = frame::begin(Kind::Request, id, 21 + body.len());
@@ -175,7 +192,10 @@ impl Connection {
         out.extend_from_slice(&group.to_bytes());
         out.extend_from_slice(body);
         let work = async {
-            self.out.send(frame::finish(out)).await.map_err(|_| CallError::Disconnected)?;
+            self.out
+                .send(frame::finish(out))
+                .await
+                .map_err(|_| CallError::Disconnected)?;
             told.await.map_err(|_| CallError::Disconnected)?
         };
         match tokio::time::timeout(within, work).await {
@@ -197,15 +217,25 @@ impl Connection {
             replies,
             connection: self.clone(),
         };
-        self.out.send(open).await.map_err(|_| CallError::Disconnected)?;
+        self.out
+            .send(open)
+            .await
+            .map_err(|_| CallError::Disconnected)?;
         Ok(replies)
     }
 
     /// Sends an item of a stream.
-    pub async fn send_item(&self, id: u64, encode: impl FnOnce(&mut Vec<u8>)) -> Result<(), CallError> {
+    pub async fn send_item(
+        &self,
+        id: u64,
+        encode: impl FnOnce(&mut Vec<u8>),
+    ) -> Result<(), CallError> {
         let mut out = frame::begin(Kind::StreamItem, id, 4096);
         encode(&mut out);
-        self.out.send(frame::finish(out)).await.map_err(|_| CallError::Disconnected)
+        self.out
+            .send(frame::finish(out))
+            .await
+            .map_err(|_| CallError::Disconnected)
     }
 
     pub async fn end_stream(&self, id: u64) {

@@ -29,9 +29,18 @@ pub enum Kind {
 impl Kind {
     fn from_code(code: u8) -> Option<Kind> {
         use Kind::*;
-        [Hello, Request, Response, StreamOpen, StreamItem, StreamEnd, StreamReply, StreamClosed]
-            .into_iter()
-            .find(|k| *k as u8 == code)
+        [
+            Hello,
+            Request,
+            Response,
+            StreamOpen,
+            StreamItem,
+            StreamEnd,
+            StreamReply,
+            StreamClosed,
+        ]
+        .into_iter()
+        .find(|k| *k as u8 == code)
     }
 }
 
@@ -80,7 +89,8 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     pub async fn next(&mut self) -> io::Result<Option<Frame>> {
         loop {
             if self.buffer.len() >= 4 {
-                let length = u32::from_be_bytes(self.buffer[..4].try_into().expect("4 bytes")) as usize;
+                let length =
+                    u32::from_be_bytes(self.buffer[..4].try_into().expect("4 bytes")) as usize;
                 if !(HEAD..=MAX_FRAME).contains(&length) {
                     return Err(io::Error::other("a frame's length is not believable"));
                 }
@@ -90,7 +100,11 @@ impl<R: AsyncRead + Unpin> Reader<R> {
                     let kind = Kind::from_code(frame.get_u8())
                         .ok_or_else(|| io::Error::other("a frame's kind is not known"))?;
                     let id = frame.get_u64();
-                    return Ok(Some(Frame { kind, id, payload: frame }));
+                    return Ok(Some(Frame {
+                        kind,
+                        id,
+                        payload: frame,
+                    }));
                 }
                 self.buffer.reserve(4 + length - self.buffer.len());
             } else {

@@ -55,8 +55,16 @@ impl Service {
     pub fn from_code(code: u8) -> Option<Service> {
         use Service::*;
         [
-            Append, Vote, PreVote, TransferLeader, SnapshotBegin, SnapshotChunk, SnapshotEnd,
-            Propose, ReadIndex, Daemon,
+            Append,
+            Vote,
+            PreVote,
+            TransferLeader,
+            SnapshotBegin,
+            SnapshotChunk,
+            SnapshotEnd,
+            Propose,
+            ReadIndex,
+            Daemon,
         ]
         .into_iter()
         .find(|s| *s as u8 == code)

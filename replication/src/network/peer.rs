@@ -97,7 +97,9 @@ impl Peers {
             return peer.clone();
         }
         let mut by_id = self.by_id.write();
-        let peer = by_id.entry(id).or_insert_with(|| self.dial(address, Some(id)));
+        let peer = by_id
+            .entry(id)
+            .or_insert_with(|| self.dial(address, Some(id)));
         peer.clone()
     }
 
@@ -123,7 +125,8 @@ impl Peers {
             let mut told = String::new();
             while let (Some(peers), Some(peer)) = (peers.upgrade(), weak.upgrade()) {
                 let address = peer.address.lock().clone();
-                let dialled = tokio::time::timeout(DIAL_TIMEOUT, peers.connect(&address, expected)).await;
+                let dialled =
+                    tokio::time::timeout(DIAL_TIMEOUT, peers.connect(&address, expected)).await;
                 drop(peers);
                 match dialled {
                     Ok(Ok((connection, hello, closed))) => {
@@ -161,7 +164,9 @@ impl Peers {
         address: &str,
         expected: Option<u64>,
     ) -> Result<(Arc<Connection>, Hello, oneshot::Receiver<()>), Refused> {
-        let tcp = TcpStream::connect(address).await.map_err(|e| e.to_string())?;
+        let tcp = TcpStream::connect(address)
+            .await
+            .map_err(|e| e.to_string())?;
         tcp.set_nodelay(true).map_err(|e| e.to_string())?;
         // Nodes are known by the identity in their certificates, not by host names.
         let name = ServerName::try_from("holdfast.internal").map_err(|e| e.to_string())?;
@@ -189,16 +194,28 @@ impl Peers {
             Some(f) if f.kind == Kind::Hello => {
                 serde_json::from_slice(&f.payload).map_err(|e| e.to_string())?
             }
-            _ => return Err(Refused::Now("the peer closed the connection before greeting".into())),
+            _ => {
+                return Err(Refused::Now(
+                    "the peer closed the connection before greeting".into(),
+                ));
+            }
         };
         if hello.protocol != PROTOCOL {
-            return Err(Refused::Now(format!("the peer speaks protocol {}, this node {PROTOCOL}", hello.protocol)));
+            return Err(Refused::Now(format!(
+                "the peer speaks protocol {}, this node {PROTOCOL}",
+                hello.protocol
+            )));
         }
         if &hello.name != name {
-            return Err(Refused::Now("the peer's name is not its certificate's".into()));
+            return Err(Refused::Now(
+                "the peer's name is not its certificate's".into(),
+            ));
         }
         if let Some(expected) = expected.filter(|id| *id != hello.node) {
-            return Err(Refused::Replaced(format!("node {name} is now {:x}, not {expected:x}", hello.node)));
+            return Err(Refused::Replaced(format!(
+                "node {name} is now {:x}, not {expected:x}",
+                hello.node
+            )));
         }
         let (tell, closed) = oneshot::channel();
         Ok((Connection::start(reader, write, tell), hello, closed))

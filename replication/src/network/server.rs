@@ -27,7 +27,12 @@ pub trait Handler: Send + Sync + 'static {
     async fn call(&self, service: Service, group: GroupId, body: Bytes) -> Result<Bytes, String>;
 
     /// Runs a stream of appends until it ends; each reply goes to `replies`.
-    async fn stream(&self, group: GroupId, items: mpsc::Receiver<Bytes>, replies: mpsc::Sender<Bytes>) -> Result<(), String>;
+    async fn stream(
+        &self,
+        group: GroupId,
+        items: mpsc::Receiver<Bytes>,
+        replies: mpsc::Sender<Bytes>,
+    ) -> Result<(), String>;
 }
 
 /// Serves peers on `listener` until the task is dropped.
@@ -55,11 +60,19 @@ pub async fn serve(listener: TcpListener, tls: NodeTls, hello: Hello, handler: A
     }
 }
 
-async fn connection(tcp: TcpStream, tls: NodeTls, hello: Hello, handler: Arc<dyn Handler>) -> Result<(), String> {
+async fn connection(
+    tcp: TcpStream,
+    tls: NodeTls,
+    hello: Hello,
+    handler: Arc<dyn Handler>,
+) -> Result<(), String> {
     tcp.set_nodelay(true).map_err(|e| e.to_string())?;
     let ours = tls.identity.region();
     let greet = async {
-        let tls = TlsAcceptor::from(tls.server).accept(tcp).await.map_err(|e| e.to_string())?;
+        let tls = TlsAcceptor::from(tls.server)
+            .accept(tcp)
+            .await
+            .map_err(|e| e.to_string())?;
         let certificate = tls.get_ref().1.peer_certificates().and_then(|c| c.first());
         let certificate = certificate.ok_or("the peer shows no certificate")?;
         let identity = Identity::of(certificate).map_err(|e| e.to_string())?;
@@ -133,7 +146,13 @@ async fn connection(tcp: TcpStream, tls: NodeTls, hello: Hello, handler: Arc<dyn
                 streams.retain(|_, s| !s.is_closed());
                 streams.insert(frame.id, items);
                 let (out, handler) = (out.clone(), handler.clone());
-                tasks.spawn(stream(GroupId::from_bytes(group), frame.id, input, out, handler));
+                tasks.spawn(stream(
+                    GroupId::from_bytes(group),
+                    frame.id,
+                    input,
+                    out,
+                    handler,
+                ));
             }
             Kind::StreamItem => {
                 if let Some(stream) = streams.get(&frame.id)
@@ -148,18 +167,30 @@ async fn connection(tcp: TcpStream, tls: NodeTls, hello: Hello, handler: Arc<dyn
     }
 }
 
-async fn stream(group: GroupId, id: u64, input: mpsc::Receiver<Bytes>, out: mpsc::Sender<Bytes>, handler: Arc<dyn Handler>) {
+async fn stream(
+    group: GroupId,
+    id: u64,
+    input: mpsc::Receiver<Bytes>,
+    out: mpsc::Sender<Bytes>,
+    handler: Arc<dyn Handler>,
+) {
     let (replies, mut made) = mpsc::channel::<Bytes>(STREAM_QUEUE);
     let forward = async {
         while let Some(reply) = made.recv().await {
-            if out.send(frame::encode(Kind::StreamReply, id, &reply)).await.is_err() {
+            if out
+                .send(frame::encode(Kind::StreamReply, id, &reply))
+                .await
+                .is_err()
+            {
                 break;
             }
         }
     };
     let (result, ()) = tokio::join!(handler.stream(group, input, replies), forward);
     let why = result.err().unwrap_or_default();
-    let _ = out.send(frame::encode(Kind::StreamClosed, id, why.as_bytes())).await;
+    let _ = out
+        .send(frame::encode(Kind::StreamClosed, id, why.as_bytes()))
+        .await;
 }
 
 fn split_request(payload: &mut Bytes) -> Option<(Service, GroupId, Bytes)> {

@@ -39,7 +39,9 @@ pub enum Identity {
 impl Identity {
     pub fn uri(&self) -> String {
         match self {
-            Identity::Node { region, zone, name } => format!("holdfast://{region}/node/{zone}/{name}"),
+            Identity::Node { region, zone, name } => {
+                format!("holdfast://{region}/node/{zone}/{name}")
+            }
             Identity::Operator { region, name } => format!("holdfast://{region}/operator/{name}"),
         }
     }
@@ -72,11 +74,16 @@ impl Identity {
             .ok()
             .flatten()
             .ok_or_else(|| foreign("it has no subject alternative name"))?;
-        let mut uris = names.value.general_names.iter().filter_map(|name| match name {
-            GeneralName::URI(uri) => Identity::parse(uri),
-            _ => None,
-        });
-        uris.next().ok_or_else(|| foreign("it names no holdfast:// identity"))
+        let mut uris = names
+            .value
+            .general_names
+            .iter()
+            .filter_map(|name| match name {
+                GeneralName::URI(uri) => Identity::parse(uri),
+                _ => None,
+            });
+        uris.next()
+            .ok_or_else(|| foreign("it names no holdfast:// identity"))
     }
 
     pub fn region(&self) -> Region {
@@ -108,7 +115,10 @@ impl NodeTls {
     pub fn load(ca: &Path, cert: &Path, key: &Path, alpn: &[&[u8]]) -> Result<Self, TlsError> {
         let at = |file: &Path| {
             let file = file.display().to_string();
-            move |cause: String| TlsError::File { file: file.clone(), cause }
+            move |cause: String| TlsError::File {
+                file: file.clone(),
+                cause,
+            }
         };
         let mut roots = RootCertStore::empty();
         for root in CertificateDer::pem_file_iter(ca).map_err(|e| at(ca)(e.to_string()))? {
@@ -119,7 +129,9 @@ impl NodeTls {
         let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_file_iter(cert)
             .and_then(Iterator::collect)
             .map_err(|e| at(cert)(e.to_string()))?;
-        let first = chain.first().ok_or_else(|| at(cert)("it holds no certificate".into()))?;
+        let first = chain
+            .first()
+            .ok_or_else(|| at(cert)("it holds no certificate".into()))?;
         let identity = Identity::of(first)?;
         let private = PrivateKeyDer::from_pem_file(key).map_err(|e| at(key)(e.to_string()))?;
         let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -160,7 +172,13 @@ mod tests {
             name: "n1".into(),
         };
         assert_eq!(Identity::parse(&node.uri()), Some(node.clone()));
-        for bad in ["holdfast://eu/node/a", "holdfast://eu/node/a/n/x", "holdfast://fr/node/a/n", "https://eu/node/a/n", "holdfast://eu/operator/x/y"] {
+        for bad in [
+            "holdfast://eu/node/a",
+            "holdfast://eu/node/a/n/x",
+            "holdfast://fr/node/a/n",
+            "https://eu/node/a/n",
+            "holdfast://eu/operator/x/y",
+        ] {
             assert_eq!(Identity::parse(bad), None, "{bad}");
         }
         assert!(node.check_region(Region::Us).is_err());

@@ -15,7 +15,12 @@ use crate::archive::checkpoint::{Manifest, ManifestFile};
 const IN_FLIGHT: usize = 8;
 
 /// Fetches every file of `manifest` into `dir`, which must not exist.
-pub async fn checkpoint(chain: &Chain, manifest: &Manifest, dir: &Path, report: Report) -> Result<(), RestoreError> {
+pub async fn checkpoint(
+    chain: &Chain,
+    manifest: &Manifest,
+    dir: &Path,
+    report: Report,
+) -> Result<(), RestoreError> {
     tokio::fs::create_dir_all(dir).await.map_err(io(dir))?;
     let total: u64 = manifest.files.iter().map(|f| f.length).sum();
     let done = Arc::new(AtomicU64::new(0));
@@ -28,7 +33,9 @@ pub async fn checkpoint(chain: &Chain, manifest: &Manifest, dir: &Path, report: 
         .buffer_unordered(IN_FLIGHT)
         .try_collect::<()>()
         .await?;
-    std::fs::File::open(dir).and_then(|d| d.sync_all()).map_err(io(dir))
+    std::fs::File::open(dir)
+        .and_then(|d| d.sync_all())
+        .map_err(io(dir))
 }
 
 async fn counted(
@@ -46,7 +53,12 @@ async fn counted(
     Ok(())
 }
 
-async fn fetch(chain: &Chain, manifest: &Manifest, file: &ManifestFile, dir: &Path) -> Result<(), RestoreError> {
+async fn fetch(
+    chain: &Chain,
+    manifest: &Manifest,
+    file: &ManifestFile,
+    dir: &Path,
+) -> Result<(), RestoreError> {
     let object = file_path(manifest.group.tenant, &file.hash);
     let refuse = |what: String| RestoreError::Object {
         object: object.to_string(),
@@ -77,7 +89,9 @@ async fn fetch(chain: &Chain, manifest: &Manifest, file: &ManifestFile, dir: &Pa
     .map_err(|e| refuse(e.to_string()))?;
     match verified {
         Ok(true) => Ok(()),
-        Ok(false) => Err(refuse("its content does not have its hash: it is damaged".into())),
+        Ok(false) => Err(refuse(
+            "its content does not have its hash: it is damaged".into(),
+        )),
         Err((path, e)) => Err(io(&path)(e)),
     }
 }

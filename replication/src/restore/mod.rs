@@ -34,7 +34,9 @@ pub enum RestoreError {
     Chain(#[from] ChainError),
     #[error("object {object}: {what}")]
     Object { object: String, what: String },
-    #[error("the chain ends at link {found} of incarnation {incarnation}, but the directory knows of link {known}: the bucket is older than what was acknowledged")]
+    #[error(
+        "the chain ends at link {found} of incarnation {incarnation}, but the directory knows of link {known}: the bucket is older than what was acknowledged"
+    )]
     Older {
         incarnation: u32,
         found: u64,
@@ -42,7 +44,9 @@ pub enum RestoreError {
     },
     #[error("nothing of group {0} is in the bucket")]
     Nothing(GroupId),
-    #[error("the digest after replay is {found}, the chain says {wanted}: the restored state is not the archived one")]
+    #[error(
+        "the digest after replay is {found}, the chain says {wanted}: the restored state is not the archived one"
+    )]
     Digest { found: Digest, wanted: Digest },
     #[error("another restore took this tenant over as incarnation {0}")]
     Lost(u32),
@@ -90,7 +94,10 @@ pub async fn close(chain: &Chain, plan: &mut Plan, restore: &str) -> Result<Grou
         let tail = plan.tail();
         if let Some(closed) = tail.closed() {
             return match closed.restore == restore {
-                true => Ok(GroupId { incarnation: closed.incarnation, ..plan.group }),
+                true => Ok(GroupId {
+                    incarnation: closed.incarnation,
+                    ..plan.group
+                }),
                 false => Err(RestoreError::Lost(closed.incarnation)),
             };
         }
@@ -111,7 +118,12 @@ pub async fn close(chain: &Chain, plan: &mut Plan, restore: &str) -> Result<Grou
             base: None,
         };
         match chain.create(&tail, header, &[]).await? {
-            Created::Ours(_) => return Ok(GroupId { incarnation: next, ..plan.group }),
+            Created::Ours(_) => {
+                return Ok(GroupId {
+                    incarnation: next,
+                    ..plan.group
+                });
+            }
             Created::Theirs(link) => {
                 chain.check_follows(&tail, &link)?;
                 plan.push(*link);
@@ -151,7 +163,12 @@ pub fn base(plan: &Plan, restored: &Restored, closing: u64) -> Base {
 }
 
 /// Opens the new incarnation's chain, exclusively: of two restores one wins here at the latest.
-pub async fn open_chain(chain: &Chain, restored: &Restored, base: Base, restore: &str) -> Result<(), RestoreError> {
+pub async fn open_chain(
+    chain: &Chain,
+    restored: &Restored,
+    base: Base,
+    restore: &str,
+) -> Result<(), RestoreError> {
     let header = Header {
         group: restored.group,
         number: 0,

@@ -26,7 +26,9 @@ pub struct Plan {
 
 impl Plan {
     pub fn tail(&self) -> Tail {
-        self.links.last().map_or_else(|| self.start.clone(), Tail::from)
+        self.links
+            .last()
+            .map_or_else(|| self.start.clone(), Tail::from)
     }
 
     pub fn push(&mut self, link: Link) {
@@ -40,8 +42,13 @@ impl Plan {
 
     /// When the newest archived write was made, milliseconds since 1970.
     pub fn newest_ms(&self) -> u64 {
-        let own = self.links.iter().rev().find_map(|l| l.header.state.as_ref().map(|s| s.time_ms));
-        own.or_else(|| self.before.as_ref().map(|b| b.newest_ms())).unwrap_or(0)
+        let own = self
+            .links
+            .iter()
+            .rev()
+            .find_map(|l| l.header.state.as_ref().map(|s| s.time_ms));
+        own.or_else(|| self.before.as_ref().map(|b| b.newest_ms()))
+            .unwrap_or(0)
     }
 }
 
@@ -67,14 +74,20 @@ pub async fn newest(chain: &Chain, known: u64) -> Result<Plan, RestoreError> {
             object: path.to_string(),
             what,
         };
-        let got = chain.bucket().get(&path).await.map_err(|e| refuse(e.to_string()))?;
+        let got = chain
+            .bucket()
+            .get(&path)
+            .await
+            .map_err(|e| refuse(e.to_string()))?;
         let bytes = got.bytes().await.map_err(|e| refuse(e.to_string()))?;
         match checkpoint::decode(chain.key(), group, &bytes) {
             Ok(found) => {
                 manifest = Some(found);
                 break;
             }
-            Err(e) => tracing::error!(object = %path, error = %e, "a checkpoint's manifest is refused; an older one is used"),
+            Err(e) => {
+                tracing::error!(object = %path, error = %e, "a checkpoint's manifest is refused; an older one is used")
+            }
         }
     }
     let from = manifest.as_ref().map_or(0, |m| m.link);
@@ -117,7 +130,10 @@ pub async fn newest(chain: &Chain, known: u64) -> Result<Plan, RestoreError> {
         if older_plan.tail().closed().map(|c| c.incarnation) != Some(group.incarnation) {
             return Err(RestoreError::Object {
                 object: link_path(older, base.link).to_string(),
-                what: format!("it does not close the chain for incarnation {}", group.incarnation),
+                what: format!(
+                    "it does not close the chain for incarnation {}",
+                    group.incarnation
+                ),
             });
         }
         plan.before = Some(Box::new(older_plan));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kms::TenantKeys;
 
 use super::plan::Plan;
-use super::{Progress, REVISION_JUMP, Report, Restored, RestoreError, io};
+use super::{Progress, REVISION_JUMP, Report, RestoreError, Restored, io};
 use crate::GroupId;
 use crate::archive::bucket::link_path;
 use crate::archive::link::Link;
@@ -49,7 +49,14 @@ pub fn run(
     })
 }
 
-fn replay(plan: &Plan, store: &Arc<Store>, keys: &Arc<TenantKeys>, report: &Report, done: &mut u64, total: u64) -> Result<(), RestoreError> {
+fn replay(
+    plan: &Plan,
+    store: &Arc<Store>,
+    keys: &Arc<TenantKeys>,
+    report: &Report,
+    done: &mut u64,
+    total: u64,
+) -> Result<(), RestoreError> {
     if let Some(before) = &plan.before {
         replay(before, store, keys, report, done, total)?;
         jump(store)?;
@@ -59,12 +66,20 @@ fn replay(plan: &Plan, store: &Arc<Store>, keys: &Arc<TenantKeys>, report: &Repo
     for link in &plan.links {
         apply(plan.group, link, &machine, store)?;
         *done += 1;
-        report(Progress::Replayed { links: *done, total });
+        report(Progress::Replayed {
+            links: *done,
+            total,
+        });
     }
     Ok(())
 }
 
-fn apply(group: GroupId, link: &Link, machine: &Machine, store: &Store) -> Result<(), RestoreError> {
+fn apply(
+    group: GroupId,
+    link: &Link,
+    machine: &Machine,
+    store: &Store,
+) -> Result<(), RestoreError> {
     let object = || link_path(group, link.header.number).to_string();
     let applied = store.state().applied;
     let mut entries = Vec::with_capacity(link.entries.len());
@@ -97,10 +112,19 @@ fn apply(group: GroupId, link: &Link, machine: &Machine, store: &Store) -> Resul
 /// Counts the digest from every row and compares it with what the chain says of the end.
 fn verify(plan: &Plan, store: &Store, keys: &TenantKeys) -> Result<(), RestoreError> {
     let (found, _) = store.scan_digests(&Hasher::new(keys), |_| {})?;
-    let from_links = plan.links.iter().rev().find_map(|l| l.header.state.as_ref()).map(|s| s.digests);
+    let from_links = plan
+        .links
+        .iter()
+        .rev()
+        .find_map(|l| l.header.state.as_ref())
+        .map(|s| s.digests);
     let state = store.state();
     let last = plan.links.iter().rev().find_map(|l| l.header.last);
-    let proven = plan.links.iter().rev().any(|l| l.header.last == last && l.header.state.is_some());
+    let proven = plan
+        .links
+        .iter()
+        .rev()
+        .any(|l| l.header.last == last && l.header.state.is_some());
     let wanted = match from_links {
         Some(digests) if proven && last == state.applied => digests,
         // The end lies inside a batch: the running digest is all there is.

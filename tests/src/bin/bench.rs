@@ -35,22 +35,42 @@ struct Figures {
 }
 
 fn setting(name: &str, default: usize) -> usize {
-    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+    std::env::var(name)
+        .ok()
+        .and_then(|v| v.parse().ok())
+        .unwrap_or(default)
 }
 
 /// User and system time of processes, in milliseconds.
 fn cpu(pids: &[u32]) -> f64 {
     let one = |pid: &u32| {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-        let ticks = |n: usize| fields.get(n).and_then(|f| f.parse::<f64>().ok()).unwrap_or(0.0);
+        let fields: Vec<&str> = stat
+            .rsplit(')')
+            .next()
+            .unwrap_or_default()
+            .split_whitespace()
+            .collect();
+        let ticks = |n: usize| {
+            fields
+                .get(n)
+                .and_then(|f| f.parse::<f64>().ok())
+                .unwrap_or(0.0)
+        };
         // Hundredths of a second, as on every Linux here.
         (ticks(11) + ticks(12)) * 10.0
     };
     pids.iter().map(one).sum()
 }
 
-async fn run(client: &Client, load: Load, in_flight: usize, seconds: f64, keys: usize, pids: &[u32]) -> Result<Figures> {
+async fn run(
+    client: &Client,
+    load: Load,
+    in_flight: usize,
+    seconds: f64,
+    keys: usize,
+    pids: &[u32],
+) -> Result<Figures> {
     let until = Instant::now() + Duration::from_secs_f64(seconds);
     let (before, started) = (cpu(pids), Instant::now());
     let all = Arc::new(Mutex::new(Histogram::<u64>::new(3)?));
@@ -73,11 +93,12 @@ async fn run(client: &Client, load: Load, in_flight: usize, seconds: f64, keys: 
                     rand::rng().fill(&mut value[..]);
                     client.put(key, value.as_slice(), None).await.is_ok()
                 } else {
-                    let options = (load == Load::Serializable).then(|| GetOptions::new().with_serializable());
+                    let options =
+                        (load == Load::Serializable).then(|| GetOptions::new().with_serializable());
                     client.get(key, options).await.is_ok()
                 };
                 match ok {
-                    true => own.saturating_record(at.elapsed().as_micros() as u64),
+                    true => drop(own.record(at.elapsed().as_micros() as u64)),
                     false => drop(errors.fetch_add(1, Ordering::Relaxed)),
                 }
             }
@@ -87,7 +108,11 @@ async fn run(client: &Client, load: Load, in_flight: usize, seconds: f64, keys: 
     while workers.join_next().await.is_some() {}
     let elapsed = started.elapsed().as_secs_f64();
     let used = cpu(pids) - before;
-    ensure!(errors.load(Ordering::Relaxed) == 0, "{} requests failed", errors.load(Ordering::Relaxed));
+    ensure!(
+        errors.load(Ordering::Relaxed) == 0,
+        "{} requests failed",
+        errors.load(Ordering::Relaxed)
+    );
     let all = all.lock();
     Ok(Figures {
         rate: all.len() as f64 / elapsed,
@@ -111,7 +136,9 @@ async fn fill(client: &Client, keys: usize) -> Result<()> {
                     return Ok::<_, anyhow::Error>(());
                 }
                 rand::rng().fill(&mut value[..]);
-                client.put(format!("bench/{n:08}"), value.as_slice(), None).await?;
+                client
+                    .put(format!("bench/{n:08}"), value.as_slice(), None)
+                    .await?;
             }
         });
     }
@@ -132,11 +159,15 @@ async fn main() -> Result<()> {
     let keys = setting("BENCH_KEYS", 100_000);
     let seconds = setting("BENCH_SECONDS", 6) as f64;
     let rounds = setting("BENCH_ROUNDS", 3);
-    println!("filling both with {keys} keys of {VALUE} bytes; {rounds} rounds of {seconds} s a row, alternating");
+    println!(
+        "filling both with {keys} keys of {VALUE} bytes; {rounds} rounds of {seconds} s a row, alternating"
+    );
     let etcd = servers::etcd_cluster().await?;
     let theirs = Client::connect([&etcd.leader().await?], None).await?;
     let region = Region::started().await?;
-    region.create_tenant("acme", "enhanced", 1_000, 60_000).await?;
+    region
+        .create_tenant("acme", "enhanced", 1_000, 60_000)
+        .await?;
     let leader = region.leader("acme").await?;
     let ours = region.client_at("acme", &[leader]).await?;
     let pids: Vec<u32> = region.nodes.iter().filter_map(|n| n.pid()).collect();
@@ -172,7 +203,8 @@ async fn main() -> Result<()> {
                 }
                 seen
             };
-            let (figures, seen) = tokio::join!(run(&ours, load, in_flight, seconds, keys, &pids), watch);
+            let (figures, seen) =
+                tokio::join!(run(&ours, load, in_flight, seconds, keys, &pids), watch);
             let mut figures = figures?;
             figures.max_rpo_ms = seen;
             of_ours.push(figures);
@@ -190,7 +222,11 @@ async fn main() -> Result<()> {
         );
         if !lags.is_empty() {
             lags.sort_unstable();
-            println!("  archive lag during our runs: p99 {} ms of {} samples", lags[lags.len() * 99 / 100], lags.len());
+            println!(
+                "  archive lag during our runs: p99 {} ms of {} samples",
+                lags[lags.len() * 99 / 100],
+                lags.len()
+            );
         }
     }
     Ok(())

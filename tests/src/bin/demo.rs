@@ -14,12 +14,21 @@ use holdfast_tests::region::Region;
 const WRITERS: usize = 64;
 
 /// Puts `documents`, each until it is acknowledged; counts those in `done`.
-async fn load(client: &Client, documents: Vec<(String, Vec<u8>)>, done: Arc<AtomicUsize>) -> Result<()> {
+async fn load(
+    client: &Client,
+    documents: Vec<(String, Vec<u8>)>,
+    done: Arc<AtomicUsize>,
+) -> Result<()> {
     let documents = Arc::new(documents);
     let next = Arc::new(AtomicUsize::new(0));
     let mut writers = tokio::task::JoinSet::new();
     for _ in 0..WRITERS {
-        let (mut client, documents, next, done) = (client.clone(), documents.clone(), next.clone(), done.clone());
+        let (mut client, documents, next, done) = (
+            client.clone(),
+            documents.clone(),
+            next.clone(),
+            done.clone(),
+        );
         writers.spawn(async move {
             while let Some((key, value)) = documents.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let deadline = Instant::now() + Duration::from_secs(60);
@@ -65,14 +74,21 @@ async fn main() -> Result<()> {
 
     step("starting a region of three zones: three daemons, a directory as bucket");
     let mut region = Region::started().await?;
-    region.create_tenant("acme", "enhanced", 1_000, 60_000).await?;
+    region
+        .create_tenant("acme", "enhanced", 1_000, 60_000)
+        .await?;
     region.create_tenant("globex", "standard", 0, 0).await?;
-    step("tenants acme (enhanced, RPO 1 s, RTO 60 s) and globex (standard), each under a key of its own");
+    step(
+        "tenants acme (enhanced, RPO 1 s, RTO 60 s) and globex (standard), each under a key of its own",
+    );
 
     let documents: Vec<(String, Vec<u8>)> = debian::documents()?.into_iter().collect();
     let bytes: usize = documents.iter().map(|(k, v)| k.len() + v.len()).sum();
     let total = documents.len();
-    step(&format!("loading {total} documents, {} MB, from this machine's Debian package index", bytes >> 20));
+    step(&format!(
+        "loading {total} documents, {} MB, from this machine's Debian package index",
+        bytes >> 20
+    ));
     let expected: BTreeMap<String, Vec<u8>> = documents.iter().cloned().collect();
     let mut other = region.client("globex").await?;
     other.put("owner", "globex", None).await?;
@@ -94,13 +110,23 @@ async fn main() -> Result<()> {
     reached(total / 3).await;
     let victim = region.leader("acme").await?;
     region.nodes[victim].kill();
-    step(&format!("killed zone {} (SIGKILL; it led acme) at {} documents", region.nodes[victim].config.zone, done.load(Ordering::Relaxed)));
+    step(&format!(
+        "killed zone {} (SIGKILL; it led acme) at {} documents",
+        region.nodes[victim].config.zone,
+        done.load(Ordering::Relaxed)
+    ));
     reached(total * 2 / 3).await;
     region.start(victim)?;
-    step(&format!("brought zone {} back at {} documents", region.nodes[victim].config.zone, done.load(Ordering::Relaxed)));
+    step(&format!(
+        "brought zone {} back at {} documents",
+        region.nodes[victim].config.zone,
+        done.load(Ordering::Relaxed)
+    ));
     loading.await??;
     let rate = total as f64 / started.elapsed().as_secs_f64();
-    step(&format!("every document is acknowledged: {rate:.0} a second over the whole load, the loss of a zone included"));
+    step(&format!(
+        "every document is acknowledged: {rate:.0} a second over the whole load, the loss of a zone included"
+    ));
 
     region.archived("acme").await?;
     region.archived("globex").await?;
@@ -117,10 +143,20 @@ async fn main() -> Result<()> {
     step("restored from the bucket; reading every document back");
     let mut client = region.client("acme").await?;
     let found = read_all(&mut client).await?;
-    let missing = expected.iter().filter(|(k, v)| found.get(*k) != Some(v)).count();
-    ensure!(missing == 0 && found.len() == expected.len(), "{missing} of {total} documents differ, {} were found", found.len());
+    let missing = expected
+        .iter()
+        .filter(|(k, v)| found.get(*k) != Some(v))
+        .count();
+    ensure!(
+        missing == 0 && found.len() == expected.len(),
+        "{missing} of {total} documents differ, {} were found",
+        found.len()
+    );
     let mut other = region.client("globex").await?;
-    ensure!(other.get("owner", None).await?.kvs()[0].value() == b"globex", "globex is not as it was");
+    ensure!(
+        other.get("owner", None).await?.kvs()[0].value() == b"globex",
+        "globex is not as it was"
+    );
     step(&format!("all {total} documents are there and equal"));
     client.put("after", "the restore", None).await?;
     step("and the region takes writes again: done");

@@ -27,6 +27,7 @@ use super::read::Reads;
 use super::replica::ReplicaDir;
 use super::state_machine::{Replica, SnapshotDir, StateMachine};
 use super::types::{SnapshotMeta, TypeConfig, Vote};
+use crate::GroupId;
 use crate::archive::ledger::Ledger;
 use crate::command::EntryCodec;
 use crate::engine::{Budget, Engine, EngineError};
@@ -35,7 +36,6 @@ use crate::machine::{Machine, State, Store};
 use crate::mvcc::digest::Digests;
 use crate::network::Peers;
 use crate::proto::command::{Command, Reply};
-use crate::GroupId;
 
 /// Heartbeats are one per group: at 500 ms, 200 idle groups cost 5% of a core.
 const HEARTBEAT_MS: u64 = 500;
@@ -123,7 +123,11 @@ pub struct Shared {
 impl Shared {
     pub fn may_write(&self) -> bool {
         let metrics = self.raft.metrics();
-        let voters = metrics.borrow_watched().membership_config.voter_ids().count();
+        let voters = metrics
+            .borrow_watched()
+            .membership_config
+            .voter_ids()
+            .count();
         !self.fenced.load(Ordering::Acquire) && voters >= self.min_voters
     }
 
@@ -159,7 +163,8 @@ impl Shared {
     }
 
     pub async fn wait_applied(&self, index: u64, within: Duration) -> bool {
-        let reached = |state: &crate::machine::State| state.applied.is_some_and(|at| at.index >= index);
+        let reached =
+            |state: &crate::machine::State| state.applied.is_some_and(|at| at.index >= index);
         let mut applied = self.store.watch();
         if index == 0 || reached(&applied.borrow()) {
             return true;
@@ -236,9 +241,18 @@ impl Group {
             archived: archived_out.clone(),
         };
         let config = config(id.to_string()).map_err(raft_error)?;
-        let raft = Raft::new(given.node, config, network, log, StateMachine { machine, replica: replica.clone() })
-            .await
-            .map_err(|e| raft_error(e.to_string()))?;
+        let raft = Raft::new(
+            given.node,
+            config,
+            network,
+            log,
+            StateMachine {
+                machine,
+                replica: replica.clone(),
+            },
+        )
+        .await
+        .map_err(|e| raft_error(e.to_string()))?;
         let shared = Arc::new(Shared {
             raft,
             store,
@@ -313,8 +327,10 @@ impl Group {
 
     /// Forms the group with these members, once, on one of them. Forming it again is no error.
     pub async fn initialize(&self, members: BTreeMap<u64, String>) -> Result<(), GroupError> {
-        let members: BTreeMap<u64, BasicNode> =
-            members.into_iter().map(|(id, address)| (id, BasicNode::new(address))).collect();
+        let members: BTreeMap<u64, BasicNode> = members
+            .into_iter()
+            .map(|(id, address)| (id, BasicNode::new(address)))
+            .collect();
         match self.raft().initialize(members).await {
             Ok(()) => Ok(()),
             Err(e) if e.api_error().is_some() => Ok(()),
@@ -333,7 +349,11 @@ impl Group {
     pub async fn set_members(&self, members: BTreeMap<u64, String>) -> Result<(), GroupError> {
         for (id, address) in &members {
             let metrics = self.raft().metrics().borrow_watched().clone();
-            let known = metrics.membership_config.membership().get_node(id).is_some();
+            let known = metrics
+                .membership_config
+                .membership()
+                .get_node(id)
+                .is_some();
             if !known {
                 self.raft()
                     .add_learner(*id, BasicNode::new(address), true)
@@ -346,17 +366,30 @@ impl Group {
         change.map(drop).map_err(|e| self.error(e))
     }
 
-    pub(super) async fn install(&self, vote: Vote, meta: SnapshotMeta, dir: PathBuf) -> Result<SnapshotResponse<TypeConfig>, String> {
+    pub(super) async fn install(
+        &self,
+        vote: Vote,
+        meta: SnapshotMeta,
+        dir: PathBuf,
+    ) -> Result<SnapshotResponse<TypeConfig>, String> {
         tracing::info!(group = %self.id(), "installing a snapshot");
         let snapshot = openraft::alias::SnapshotOf::<TypeConfig, SnapshotDir> {
             meta,
             snapshot: SnapshotDir(dir),
         };
-        self.raft().install_full_snapshot(vote, snapshot).await.map_err(|e| e.to_string())
+        self.raft()
+            .install_full_snapshot(vote, snapshot)
+            .await
+            .map_err(|e| e.to_string())
     }
 
     /// Forms the group of a restored tenant: this node alone, at the state in `dir`.
-    pub async fn found_from(&self, dir: PathBuf, at: crate::Position, address: &str) -> Result<(), GroupError> {
+    pub async fn found_from(
+        &self,
+        dir: PathBuf,
+        at: crate::Position,
+        address: &str,
+    ) -> Result<(), GroupError> {
         let last = super::types::log_id(at);
         let own = self.shared.peers.own_id();
         let alone = openraft::Membership::new(
@@ -370,9 +403,14 @@ impl Group {
         };
         // A foreign id: a vote of one's own would make openraft take this node for the leader.
         let vote = Vote::new_committed(at.term + 1, u64::MAX);
-        self.install(vote, meta, dir).await.map_err(|e| self.error(e))?;
+        self.install(vote, meta, dir)
+            .await
+            .map_err(|e| self.error(e))?;
         let raft = self.raft();
-        raft.trigger().elect(false).await.map_err(|e| self.error(e))?;
+        raft.trigger()
+            .elect(false)
+            .await
+            .map_err(|e| self.error(e))?;
         raft.wait(Some(Duration::from_secs(10)))
             .state(openraft::ServerState::Leader, "restored")
             .await
@@ -431,7 +469,11 @@ impl Group {
             openraft::ServerState::Learner => Role::Learner,
             openraft::ServerState::Shutdown => Role::Stopped,
         };
-        let role = if metrics.running_state.is_err() { Role::Stopped } else { role };
+        let role = if metrics.running_state.is_err() {
+            Role::Stopped
+        } else {
+            role
+        };
         let membership = metrics.membership_config.membership().clone();
         GroupStatus {
             group: self.id(),
@@ -454,7 +496,10 @@ impl Group {
     /// Waits until there is a leader that this node knows.
     pub async fn wait_leader(&self, within: Duration) -> bool {
         let known = self.raft().wait(Some(within));
-        known.metrics(|m| m.current_leader.is_some(), "leader").await.is_ok()
+        known
+            .metrics(|m| m.current_leader.is_some(), "leader")
+            .await
+            .is_ok()
     }
 
     /// Stops the group's part on this node.
