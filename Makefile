@@ -13,7 +13,8 @@ build: setup-build
 demo: build
 	$(CARGO_TARGET_DIR)/release/demo
 test: setup-test build
-	$(CARGO) test --release --workspace
+	# One at a time: each starts a region of processes on a machine of two cores.
+	RUST_TEST_THREADS=1 $(CARGO) test --release --workspace
 bench: setup-test build
 	$(CARGO_TARGET_DIR)/release/bench
 check: setup-build
