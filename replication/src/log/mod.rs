@@ -8,8 +8,8 @@
 //! never acknowledged; damage before a valid frame is refused, and such a node must come back as a
 //! new one (`frame`). Segments go from the oldest on, once no group has an entry in them.
 //!
-//! RocksDB's log and raft-engine were tried against the flip test first: both take damage in the
-//! last file for a torn tail and silently drop what follows it, votes included.
+//! It is our own because RocksDB's recovery, by its source, cannot tell damage in the last file
+//! from a torn tail in every case, and may drop what follows, votes included.
 
 pub mod frame;
 pub mod index;
