@@ -165,6 +165,7 @@ impl Run {
                 .restore_group(&name, record.group(), keys, archive_key, known, majority)
                 .await?;
             record.incarnation = group.id().incarnation;
+            record.formed = true;
             directory
                 .put_tenant(&record, found.modified)
                 .await

@@ -108,7 +108,7 @@ async fn open_group(node: &Arc<Node>, record: &TenantRecord) -> Result<Arc<Group
         .open(id, rpo, Some(key), node.report(), majority)
         .await?;
     let first = record.placement.first() == Some(&node.config.name);
-    if first && !record.formed && !known {
+    if first && !record.formed && record.incarnation == 1 && !known {
         let directory = node.directory().ok_or("there is no directory")?;
         let nodes = placed(&directory, record)?;
         let members = nodes.into_iter().map(|n| (n.id, n.peer_address)).collect();

@@ -254,7 +254,10 @@ impl NodeLog {
                 .as_mut()
                 .and_then(|i| i.get_mut(at))
             {
-                slot.bytes = None;
+                // An entry that took the place of another may still be on its way to the disk.
+                if slot.place.is_some() {
+                    slot.bytes = None;
+                }
             }
         }
     }

@@ -190,8 +190,13 @@ impl RaftLogStorage<TypeConfig> for GroupLog {
 
     async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
         let index = self.index.lock();
-        let last = index.last();
-        Ok(index.committed.min(last).map(log_id))
+        // Only what this log holds, or has purged: the position can be durable ahead of its entry,
+        // and another entry may stand at its index.
+        let held = |at: &Position| {
+            let slot = index.get(at.index).map(|slot| slot.position);
+            slot == Some(*at) || index.purged.is_some_and(|purged| purged.index >= at.index)
+        };
+        Ok(index.committed.filter(held).map(log_id))
     }
 
     async fn append<I>(
