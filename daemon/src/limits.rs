@@ -27,5 +27,3 @@ pub const WRITE_BUFFERS: usize = 512 << 20;
 pub const BLOCK_CACHE: usize = 64 << 20;
 /// Tenants restored at once: replay takes a core each.
 pub const RESTORES: usize = 2;
-/// Reading a whole replica for its digest, bytes a second.
-pub const SCAN_RATE: usize = 20 << 20;
