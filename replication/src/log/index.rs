@@ -37,14 +37,11 @@ impl Index {
         self.slots.back().map(|slot| slot.position).or(self.purged)
     }
 
-    fn first_index(&self) -> Option<u64> {
-        self.slots.front().map(|slot| slot.position.index)
-    }
-
+    /// By search: while a log is replayed, entries that were moved are missing in between.
     fn slot_at(&self, index: u64) -> Option<usize> {
-        let first = self.first_index()?;
-        let at = usize::try_from(index.checked_sub(first)?).ok()?;
-        (at < self.slots.len()).then_some(at)
+        self.slots
+            .binary_search_by_key(&index, |slot| slot.position.index)
+            .ok()
     }
 
     pub fn get(&self, index: u64) -> Option<&Slot> {
@@ -58,39 +55,55 @@ impl Index {
 
     /// Adds an entry; what stood at or above its index is replaced. Answers the places given up.
     pub fn push(&mut self, slot: Slot) -> Vec<Place> {
-        let index = slot.position.index;
-        let freed = match self.first_index() {
-            Some(_) if index > 0 => self.truncate(Some(index - 1)),
-            _ => self.truncate(None),
-        };
+        let keep = self.below(slot.position.index);
+        let freed = self.drain_from(keep);
         self.slots.push_back(slot);
         freed
     }
 
     /// Removes entries above `after`, or all.
     pub fn truncate(&mut self, after: Option<u64>) -> Vec<Place> {
-        let keep = match (after, self.first_index()) {
-            (Some(after), Some(first)) if after >= first => {
-                usize::try_from(after - first + 1).unwrap_or(usize::MAX)
-            }
-            _ => 0,
-        };
-        let keep = keep.min(self.slots.len());
+        let keep = after.map_or(0, |after| self.below(after + 1));
+        self.drain_from(keep)
+    }
+
+    /// How many entries lie below `index`.
+    fn below(&self, index: u64) -> usize {
+        self.slots
+            .partition_point(|slot| slot.position.index < index)
+    }
+
+    fn drain_from(&mut self, keep: usize) -> Vec<Place> {
         self.slots.drain(keep..).filter_map(|s| s.place).collect()
     }
 
     /// Removes entries up to `at`, which may lie beyond the last one.
     pub fn purge(&mut self, at: Position) -> Vec<Place> {
-        if self.purged.is_some_and(|purged| purged.index >= at.index) {
-            return Vec::new();
+        if self.purged.is_none_or(|purged| purged.index < at.index) {
+            self.purged = Some(at);
         }
-        self.purged = Some(at);
+        let upto = self.purged.map_or(0, |purged| purged.index);
         let gone = self
             .slots
             .iter()
-            .take_while(|s| s.position.index <= at.index)
+            .take_while(|s| s.position.index <= upto)
             .count();
         self.slots.drain(..gone).filter_map(|s| s.place).collect()
+    }
+
+    fn has_purged(&self, at: Position) -> bool {
+        self.purged.is_some_and(|purged| purged.index >= at.index)
+    }
+
+    /// Whether no entry is missing between what was purged and the last one.
+    pub fn is_whole(&self) -> bool {
+        let mut next = self.purged.map(|purged| purged.index + 1);
+        self.slots.iter().all(|slot| {
+            let index = slot.position.index;
+            let follows = next.is_none_or(|next| next == index);
+            next = Some(index + 1);
+            follows
+        })
     }
 
     /// Repeats a record that was read from a segment. Answers the places given up; `None` if the
@@ -99,6 +112,9 @@ impl Index {
         Some(match record {
             Record::Append(entry) => {
                 let position = entry_position(entry)?;
+                if self.has_purged(position) {
+                    return Some(vec![place]);
+                }
                 self.push(Slot {
                     position,
                     bytes: None,
@@ -107,10 +123,7 @@ impl Index {
             }
             Record::Moved(entry) => {
                 let position = entry_position(entry)?;
-                if self
-                    .purged
-                    .is_some_and(|purged| purged.index >= position.index)
-                {
+                if self.has_purged(position) {
                     return Some(vec![place]);
                 }
                 match self.get_mut(position.index) {
@@ -125,10 +138,7 @@ impl Index {
                             bytes: None,
                             place: Some(place),
                         };
-                        let at = self
-                            .slots
-                            .partition_point(|s| s.position.index < position.index);
-                        self.slots.insert(at, slot);
+                        self.slots.insert(self.below(position.index), slot);
                         Vec::new()
                     }
                 }

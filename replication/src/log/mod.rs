@@ -26,6 +26,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 
 use bytes::Bytes;
@@ -59,6 +60,10 @@ pub enum LogError {
         "log file {0} is missing: this node must not vote. Remove its data directory, so that it comes back as a new node"
     )]
     Missing(String),
+    #[error(
+        "the log lacks entries of group {0}: this node must not vote. Remove its data directory, so that it comes back as a new node"
+    )]
+    Gap(GroupId),
 }
 
 type Callback = Box<dyn FnOnce() + Send>;
@@ -70,7 +75,21 @@ struct Change {
     records: Bytes,
     /// The entries among them: index, and payload's offset in `records` and length.
     entries: Vec<(Position, usize, u32)>,
+    /// What the records leave of the group besides entries.
+    state: Option<StateChange>,
+    /// Places that nobody needs once the records are synced.
+    freed: Vec<Place>,
+    /// Made by the log's own thread, out of an old segment.
+    moved: bool,
     done: Option<Callback>,
+}
+
+/// A change of what a segment's first frame says of a group.
+enum StateChange {
+    Vote(Vote),
+    Purged(Position),
+    Committed(Option<Position>),
+    Dropped,
 }
 
 type Groups = Mutex<HashMap<GroupId, Arc<Mutex<Index>>>>;
@@ -81,6 +100,8 @@ pub struct NodeLog {
     segments: Mutex<Segments>,
     cache: Mutex<Cache>,
     changes: Mutex<mpsc::Sender<Change>>,
+    /// Changes sent so far.
+    sent: AtomicU64,
 }
 
 /// Entries whose bytes are in memory, oldest first.
@@ -93,21 +114,29 @@ struct Cache {
 impl NodeLog {
     /// Opens the log in `dir`, recovering what is there, and starts its thread.
     pub fn open(dir: &Path) -> Result<Arc<Self>, LogError> {
+        Self::open_with(dir, writer::SEGMENT)
+    }
+
+    /// As `open`, with segments of about `segment` bytes.
+    fn open_with(dir: &Path, segment: u64) -> Result<Arc<Self>, LogError> {
         let at = |cause| LogError::Io {
             path: dir.display().to_string(),
             cause,
         };
         std::fs::create_dir_all(dir).map_err(at)?;
         let recovered = recovery::recover(dir)?;
+        let written = writer::Written::of(&recovered.groups);
         let (sender, receiver) = mpsc::channel();
         let log = Arc::new(NodeLog {
+            sent: AtomicU64::new(0),
             groups: Mutex::new(recovered.groups),
             segments: Mutex::new(recovered.segments),
             cache: Mutex::new(Cache::default()),
             changes: Mutex::new(sender),
         });
         let weak = Arc::downgrade(&log);
-        let writer = writer::Writer::new(dir.to_path_buf(), recovered.next_sequence, weak);
+        let next = recovered.next_sequence;
+        let writer = writer::Writer::new(dir.to_path_buf(), segment, next, written, weak);
         std::thread::Builder::new()
             .name("holdfast-log".into())
             .spawn(move || writer.run(&receiver))
@@ -121,36 +150,43 @@ impl NodeLog {
         GroupLog::new(self.clone(), group, index)
     }
 
-    /// Whether the log knows the group.
-    pub fn contains(&self, group: GroupId) -> bool {
-        self.groups.lock().contains_key(&group)
-    }
-
     /// Forgets a group for good.
     pub fn drop_group(&self, group: GroupId) {
-        let Some(index) = self.groups.lock().remove(&group) else {
+        // Under the lock: whoever does not find the group knows that its end was sent.
+        let mut groups = self.groups.lock();
+        let Some(index) = groups.remove(&group) else {
             return;
         };
-        let mut index = index.lock();
-        let freed = index.truncate(None);
-        self.free(freed);
-        self.change(group, &[Record::Drop], None);
+        let freed = index.lock().truncate(None);
+        let dropped = Some(StateChange::Dropped);
+        self.change(group, &Record::Drop, dropped, freed, None);
     }
 
+    /// The caller holds the index's lock: the disk sees changes in the index's order.
     fn send(&self, change: Change) {
+        let changes = self.changes.lock();
+        self.sent.fetch_add(1, Ordering::Relaxed);
         // The receiver ends only with the process.
-        let _ = self.changes.lock().send(change);
+        let _ = changes.send(change);
     }
 
-    fn change(&self, group: GroupId, list: &[Record<'_>], done: Option<Callback>) {
+    fn change(
+        &self,
+        group: GroupId,
+        record: &Record<'_>,
+        state: Option<StateChange>,
+        freed: Vec<Place>,
+        done: Option<Callback>,
+    ) {
         let mut records = Vec::with_capacity(64);
-        for record in list {
-            record::encode(group, record, &mut records);
-        }
+        record::encode(group, record, &mut records);
         self.send(Change {
             group,
             records: Bytes::from(records),
             entries: Vec::new(),
+            state,
+            freed,
+            moved: false,
             done,
         });
     }
@@ -189,16 +225,11 @@ impl NodeLog {
             group,
             records: records.clone(),
             entries: spans,
+            state: None,
+            freed,
+            moved: false,
             done: Some(done),
         });
-        drop(index);
-        self.free(freed);
-    }
-
-    fn free(&self, places: Vec<Place>) {
-        if !places.is_empty() {
-            self.segments.lock().free(&places);
-        }
     }
 
     /// The bytes of an encoded entry, from memory or disk.
@@ -209,12 +240,12 @@ impl NodeLog {
         Ok(Bytes::from(bytes))
     }
 
-    /// Notes where entries were written, and lets go of the oldest bytes in memory.
-    fn placed(&self, group: GroupId, places: &[(Position, Place)]) {
+    /// Notes where entries were written, and lets go of the oldest bytes in memory. Answers places
+    /// that no entry has any more: their old ones, and those of entries that are gone already,
+    /// whose records say so only in a later frame.
+    fn placed(&self, group: GroupId, places: &[(Position, Place)]) -> Vec<Place> {
         let Some(index) = self.groups.lock().get(&group).cloned() else {
-            let places: Vec<Place> = places.iter().map(|(_, place)| *place).collect();
-            self.free(places);
-            return;
+            return places.iter().map(|(_, place)| *place).collect();
         };
         let mut gone = Vec::new();
         let mut cached = Vec::new();
@@ -233,7 +264,6 @@ impl NodeLog {
                 }
             }
         }
-        self.free(gone);
         let mut cache = self.cache.lock();
         cache.bytes += cached.iter().map(|c| c.2).sum::<usize>();
         cache.entries.extend(cached);
@@ -260,33 +290,12 @@ impl NodeLog {
                 }
             }
         }
+        gone
     }
 
     /// Bytes that the log's files take on disk.
     pub fn disk_bytes(&self) -> u64 {
         self.segments.lock().disk_bytes()
-    }
-
-    /// State records of every group, for the beginning of a segment.
-    fn states(&self) -> Vec<u8> {
-        let groups: Vec<_> = self
-            .groups
-            .lock()
-            .iter()
-            .map(|(g, i)| (*g, i.clone()))
-            .collect();
-        let mut out = Vec::new();
-        for (group, index) in groups {
-            let index = index.lock();
-            if let Some(vote) = index.vote {
-                record::encode(group, &Record::Vote(vote), &mut out);
-            }
-            if let Some(purged) = index.purged {
-                record::encode(group, &Record::Purge(purged), &mut out);
-            }
-            record::encode(group, &Record::Committed(index.committed), &mut out);
-        }
-        out
     }
 }
 

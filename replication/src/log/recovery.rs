@@ -83,6 +83,9 @@ pub fn recover(dir: &Path) -> Result<Recovered, LogError> {
             cut(&path, &bytes, end)?;
         }
     }
+    if let Some((group, _)) = groups.iter().find(|(_, index)| !index.is_whole()) {
+        return Err(LogError::Gap(*group));
+    }
     Ok(Recovered {
         groups: groups
             .into_iter()

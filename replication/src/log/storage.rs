@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 
 use super::index::Index;
 use super::record::Record;
-use super::{NodeLog, vote_of};
+use super::{NodeLog, StateChange, vote_of};
 use crate::group::types::{Entry, LogId, TypeConfig, Vote, decode_entry, log_id, position};
 use crate::{GroupId, Position};
 
@@ -78,6 +78,11 @@ impl LogReader {
             at += 1;
         }
         Ok(found)
+    }
+
+    /// Bytes that the node's log takes on disk, all groups together.
+    pub fn disk_bytes(&self) -> u64 {
+        self.log.disk_bytes()
     }
 
     /// The last index purged; entries at or below are gone.
@@ -171,8 +176,13 @@ impl RaftLogStorage<TypeConfig> for GroupLog {
             let done = Box::new(move || {
                 let _ = tell.send(());
             });
-            self.log
-                .change(self.group, &[Record::Vote(*vote)], Some(done));
+            self.log.change(
+                self.group,
+                &Record::Vote(*vote),
+                Some(StateChange::Vote(*vote)),
+                Vec::new(),
+                Some(done),
+            );
         }
         told.await
             .map_err(|_| io::Error::other("the log has stopped"))
@@ -183,8 +193,13 @@ impl RaftLogStorage<TypeConfig> for GroupLog {
         let committed = committed.as_ref().map(position);
         let mut index = self.index.lock();
         index.committed = committed;
-        self.log
-            .change(self.group, &[Record::Committed(committed)], None);
+        self.log.change(
+            self.group,
+            &Record::Committed(committed),
+            Some(StateChange::Committed(committed)),
+            Vec::new(),
+            None,
+        );
         Ok(())
     }
 
@@ -219,9 +234,7 @@ impl RaftLogStorage<TypeConfig> for GroupLog {
         let mut index = self.index.lock();
         let freed = index.truncate(after);
         self.log
-            .change(self.group, &[Record::Truncate(after)], None);
-        drop(index);
-        self.log.free(freed);
+            .change(self.group, &Record::Truncate(after), None, freed, None);
         Ok(())
     }
 
@@ -229,9 +242,13 @@ impl RaftLogStorage<TypeConfig> for GroupLog {
         let at = position(&upto);
         let mut index = self.index.lock();
         let freed = index.purge(at);
-        self.log.change(self.group, &[Record::Purge(at)], None);
-        drop(index);
-        self.log.free(freed);
+        self.log.change(
+            self.group,
+            &Record::Purge(at),
+            Some(StateChange::Purged(at)),
+            freed,
+            None,
+        );
         Ok(())
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use kms::TenantId;
 use openraft::storage::{IOFlushed, RaftLogStorage};
 use openraft::{EntryPayload, RaftLogReader};
+use rand::{Rng, SeedableRng};
 
 use super::{LogError, NodeLog};
 use crate::group::types::{Entry, Sealed, TypeConfig, Vote, log_id};
@@ -162,4 +163,104 @@ async fn a_newer_format_is_refused() {
         NodeLog::open(dir.path()),
         Err(LogError::Format { format: 2, .. })
     ));
+}
+
+/// Copies of the log's files as the log's thread left them after a frame.
+fn image(dir: &Path) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(dir).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), copy.path().join(file.file_name())).unwrap();
+    }
+    copy
+}
+
+/// Where each frame of the newest file begins.
+fn frames(dir: &Path) -> (std::path::PathBuf, Vec<u64>) {
+    let mut files: Vec<_> = std::fs::read_dir(dir).unwrap().collect();
+    files.sort_by_key(|f| f.as_ref().unwrap().file_name());
+    let newest = files.pop().unwrap().unwrap().path();
+    let bytes = std::fs::read(&newest).unwrap();
+    let (mut at, mut starts) = (0, Vec::new());
+    while let Ok(frame) = super::frame::parse(&bytes[at..]) {
+        starts.push(at as u64);
+        at += super::frame::HEADER + frame.body.len();
+    }
+    (newest, starts)
+}
+
+/// Segments of a few entries, so that they are begun, emptied and removed all the time: a crash
+/// after any frame leaves every acknowledged entry, and no gap.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crash_after_any_frame_leaves_every_acknowledged_entry() {
+    let mut random = rand::rngs::StdRng::seed_from_u64(7);
+    let dir = tempfile::tempdir().unwrap();
+    let log = NodeLog::open_with(dir.path(), 1200).unwrap();
+    let mut purged = [0u64; 3];
+    let mut held: [Vec<(u64, u64)>; 3] = Default::default();
+    let mut votes = [0u64; 3];
+    let mut cuts = 0;
+    for round in 0..600u64 {
+        let n = random.random_range(0..3);
+        let mut storage = log.group(group(n as u8));
+        match random.random_range(0..10) {
+            0 => {
+                votes[n] = round + 1;
+                let vote = Vote::new(round + 1, 1);
+                storage.save_vote(&vote).await.unwrap();
+            }
+            1..3 if held[n].len() > 2 => {
+                let keep = random.random_range(1..held[n].len());
+                let (term, index) = held[n][keep - 1];
+                held[n].truncate(keep);
+                let at = entry(term, index).log_id;
+                storage.truncate_after(Some(at)).await.unwrap();
+            }
+            3..6 if held[n].len() > 4 => {
+                let upto = random.random_range(0..held[n].len() - 1);
+                let (term, index) = held[n][upto];
+                purged[n] = index;
+                held[n].drain(..=upto);
+                storage.purge(entry(term, index).log_id).await.unwrap();
+            }
+            _ => {}
+        }
+        let last = held[n].last().map_or(purged[n], |at| at.1);
+        let count = random.random_range(1..4);
+        let list: Vec<Entry> = (1..=count).map(|i| entry(round + 1, last + i)).collect();
+        held[n].extend((1..=count).map(|i| (round + 1, last + i)));
+        let (tell, told) = tokio::sync::oneshot::channel();
+        let path = dir.path().to_path_buf();
+        // On the log's thread, which writes nothing meanwhile.
+        let done = Box::new(move || drop(tell.send(image(&path))));
+        let index = log.groups.lock()[&group(n as u8)].clone();
+        log.append(group(n as u8), &index, list.into_iter(), done);
+        let copy = told.await.unwrap();
+        for cut in frames(copy.path()).1.into_iter().skip(1) {
+            let copy = image(copy.path());
+            let (newest, _) = frames(copy.path());
+            std::fs::File::options()
+                .write(true)
+                .open(newest)
+                .unwrap()
+                .set_len(cut)
+                .unwrap();
+            NodeLog::open(copy.path()).unwrap();
+            cuts += 1;
+        }
+        let reopened = NodeLog::open(copy.path()).unwrap();
+        for n in 0..3 {
+            let mut reader = reopened.group(group(n as u8)).reader();
+            let entries = reader.try_get_log_entries(purged[n] + 1..).await.unwrap();
+            let found: Vec<_> = entries
+                .iter()
+                .map(|e| (e.log_id.leader_id.term, e.log_id.index))
+                .collect();
+            assert_eq!(found, held[n], "group {n} in round {round}");
+            let vote = reader.read_vote().await.unwrap();
+            assert_eq!(vote.map_or(0, |v| v.leader_id.term), votes[n]);
+        }
+    }
+    let removed = !dir.path().join("0000000001.log").exists();
+    assert!(removed && cuts > 600, "{cuts} cuts");
 }

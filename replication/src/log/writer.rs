@@ -1,22 +1,27 @@
 //! The log's thread: gathers changes, writes a frame, syncs, calls back.
 
+use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use parking_lot::Mutex;
+
 use super::frame::{self, Kind};
-use super::index::Place;
+use super::index::{Index, Place};
 use super::record::{self, Record};
 use super::segment::Segment;
-use super::{Change, NodeLog, segment_path};
-use crate::Position;
+use super::{Change, NodeLog, StateChange, segment_path};
+use crate::group::types::Vote;
+use crate::{GroupId, Position};
 
-/// A segment is closed once it is this long.
-const SEGMENT: u64 = 64 << 20;
+/// The length of a segment, unless a test asks for another.
+pub const SEGMENT: u64 = 64 << 20;
 /// Changes gathered for one frame, at most.
 const GATHER: usize = 8 << 20;
 /// After this long without a change the log marks itself idle.
@@ -28,9 +33,69 @@ const MAX_MOVED: u64 = 8 << 20;
 /// The exit code after a failed write or fsync (sysexits.h: EX_IOERR).
 const EXIT_IO: i32 = 74;
 
+/// What was written of a group besides entries.
+#[derive(Default)]
+struct GroupState {
+    vote: Option<Vote>,
+    purged: Option<Position>,
+    committed: Option<Position>,
+}
+
+/// The state of all groups as it was written: memory may be ahead of it.
+#[derive(Default)]
+pub struct Written(HashMap<GroupId, GroupState>);
+
+impl Written {
+    pub fn of(groups: &HashMap<GroupId, Arc<Mutex<Index>>>) -> Self {
+        let state = |index: &Arc<Mutex<Index>>| {
+            let index = index.lock();
+            GroupState {
+                vote: index.vote,
+                purged: index.purged,
+                committed: index.committed,
+            }
+        };
+        Written(groups.iter().map(|(g, i)| (*g, state(i))).collect())
+    }
+
+    fn note(&mut self, group: GroupId, change: &StateChange) {
+        let state = self.0.entry(group).or_default();
+        match change {
+            StateChange::Vote(vote) => state.vote = Some(*vote),
+            StateChange::Purged(at) => {
+                if state.purged.is_none_or(|purged| purged.index < at.index) {
+                    state.purged = Some(*at);
+                }
+            }
+            StateChange::Committed(at) => state.committed = *at,
+            StateChange::Dropped => drop(self.0.remove(&group)),
+        }
+    }
+
+    /// Records of every group, for the beginning of a segment.
+    fn encode(&self, out: &mut Vec<u8>) {
+        for (group, state) in &self.0 {
+            if let Some(vote) = state.vote {
+                record::encode(*group, &Record::Vote(vote), out);
+            }
+            if let Some(purged) = state.purged {
+                record::encode(*group, &Record::Purge(purged), out);
+            }
+            record::encode(*group, &Record::Committed(state.committed), out);
+        }
+    }
+}
+
 pub struct Writer {
     dir: PathBuf,
+    /// A segment is closed once it is this long.
+    segment_bytes: u64,
     sequence: u64,
+    written: Written,
+    /// Changes written so far.
+    count: u64,
+    /// Places to free once so many changes are written.
+    late: VecDeque<(u64, Vec<Place>)>,
     log: Weak<NodeLog>,
     segment: u64,
     file: Option<Arc<File>>,
@@ -40,10 +105,20 @@ pub struct Writer {
 }
 
 impl Writer {
-    pub fn new(dir: PathBuf, sequence: u64, log: Weak<NodeLog>) -> Self {
+    pub fn new(
+        dir: PathBuf,
+        segment_bytes: u64,
+        sequence: u64,
+        written: Written,
+        log: Weak<NodeLog>,
+    ) -> Self {
         Writer {
             dir,
+            segment_bytes,
             sequence,
+            written,
+            count: 0,
+            late: VecDeque::new(),
             log,
             segment: 0,
             file: None,
@@ -102,7 +177,7 @@ impl Writer {
     }
 
     fn write(&mut self, kind: Kind, changes: Vec<Change>) -> io::Result<()> {
-        if self.file.is_none() || self.offset >= SEGMENT {
+        if self.file.is_none() || self.offset >= self.segment_bytes {
             self.roll()?;
         }
         frame::begin(&mut self.buffer);
@@ -115,30 +190,55 @@ impl Writer {
         self.put_frame(kind)?;
         let log = self.log.upgrade();
         for (change, start) in changes.into_iter().zip(starts) {
-            if let Some(log) = log.as_ref().filter(|_| !change.entries.is_empty()) {
-                let places: Vec<(Position, Place)> = change
-                    .entries
-                    .iter()
-                    .map(|(position, offset, length)| {
-                        let place = Place {
-                            segment: self.segment,
-                            offset: at + start + *offset as u64,
-                            length: *length,
-                        };
-                        (*position, place)
-                    })
-                    .collect();
-                {
-                    let mut segments = log.segments.lock();
-                    places.iter().for_each(|(_, place)| segments.hold(*place));
-                }
-                log.placed(change.group, &places);
+            if let Some(state) = &change.state {
+                self.written.note(change.group, state);
             }
+            if let Some(log) = &log {
+                self.placed(log, &change, at + start);
+            }
+            self.count += u64::from(!change.moved);
             if let Some(done) = change.done {
                 done();
             }
         }
         Ok(())
+    }
+
+    /// Tells the index where the entries of a change lie, and frees what it has made needless.
+    fn placed(&mut self, log: &NodeLog, change: &Change, at: u64) {
+        let places: Vec<(Position, Place)> = change
+            .entries
+            .iter()
+            .map(|(position, offset, length)| {
+                let place = Place {
+                    segment: self.segment,
+                    offset: at + *offset as u64,
+                    length: *length,
+                };
+                (*position, place)
+            })
+            .collect();
+        {
+            let mut segments = log.segments.lock();
+            places.iter().for_each(|(_, place)| segments.hold(*place));
+            segments.free(&change.freed);
+        }
+        if places.is_empty() {
+            return;
+        }
+        let gone = log.placed(change.group, &places);
+        if !gone.is_empty() {
+            // Whatever replaced them was sent by now, and may not be written yet.
+            self.late
+                .push_back((log.sent.load(Ordering::Relaxed), gone));
+        }
+    }
+
+    /// Frees places whose replacement is on the disk.
+    fn free_late(&mut self, log: &NodeLog) {
+        while let Some((_, places)) = self.late.pop_front_if(|(due, _)| *due <= self.count) {
+            log.segments.lock().free(&places);
+        }
     }
 
     /// Writes the frame in `buffer` at the end and syncs it.
@@ -176,14 +276,14 @@ impl Writer {
             .create_new(true)
             .mode(0o600)
             .open(&path)?;
-        preallocate(&file, SEGMENT);
+        preallocate(&file, self.segment_bytes);
         let file = Arc::new(file);
         log.segments.lock().all.insert(
             self.segment,
             Segment {
                 file: file.clone(),
                 path,
-                bytes: SEGMENT,
+                bytes: self.segment_bytes,
                 live: 0,
                 live_bytes: 0,
             },
@@ -191,7 +291,7 @@ impl Writer {
         self.file = Some(file.clone());
         self.offset = 0;
         frame::begin(&mut self.buffer);
-        self.buffer.extend_from_slice(&log.states());
+        self.written.encode(&mut self.buffer);
         self.put_frame(Kind::State)?;
         file.sync_all()?;
         File::open(&self.dir)?.sync_all()?;
@@ -203,6 +303,7 @@ impl Writer {
         let Some(log) = self.log.upgrade() else {
             return Ok(());
         };
+        self.free_late(&log);
         let crowded = {
             let segments = log.segments.lock();
             let oldest = segments.all.first_key_value();
@@ -254,6 +355,9 @@ impl Writer {
                 group,
                 records: records.into(),
                 entries,
+                state: None,
+                freed: Vec::new(),
+                moved: true,
                 done: None,
             };
             self.write(Kind::Records, vec![change])?;
