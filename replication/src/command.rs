@@ -1,13 +1,16 @@
 //! Sealing a batch of commands into a log entry, and opening it.
 //!
 //! A batch is encoded (prost), compressed (zstd) and sealed under the tenant's key before it is
-//! proposed. From there on, logs, peers and bucket see ciphertext. See docs/formats/log-entry.md.
+//! proposed. From there on, logs, peers and bucket see ciphertext. See docs/formats/README.md.
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use kms::{Opener, Purpose, SealError, Sealer, TenantKeys};
+use parking_lot::Mutex;
 use prost::Message;
 use thiserror::Error;
+use zstd::bulk::{Compressor, Decompressor};
 
 use crate::GroupId;
 use crate::proto::command::{Batch, Command};
@@ -32,6 +35,9 @@ pub enum OpenError {
 pub struct EntryCodec {
     sealer: Sealer,
     opener: Opener,
+    // Kept: making one costs more than using it on a small batch.
+    compressor: Mutex<Compressor<'static>>,
+    decompressor: Mutex<Decompressor<'static>>,
 }
 
 impl EntryCodec {
@@ -39,6 +45,10 @@ impl EntryCodec {
         EntryCodec {
             sealer: Sealer::new(keys, group.incarnation, Purpose::LogEntry),
             opener: Opener::new(keys.clone(), group.incarnation, Purpose::LogEntry),
+            compressor: Mutex::new(
+                Compressor::new(ZSTD_LEVEL).expect("a compressor of a valid level is made"),
+            ),
+            decompressor: Mutex::new(Decompressor::new().expect("a decompressor is made")),
         }
     }
 
@@ -50,17 +60,22 @@ impl EntryCodec {
             commands,
         };
         let plain = batch.encode_to_vec();
-        let compressed =
-            zstd::bulk::compress(&plain, ZSTD_LEVEL).expect("compressing in memory succeeds");
+        let compressed = self.compressor.lock().compress(&plain);
+        let compressed = compressed.expect("compressing in memory succeeds");
         (self.sealer.seal(&compressed), batch.commands)
     }
 
     pub fn open(&self, sealed: &[u8]) -> Result<Batch, OpenError> {
         let compressed = self.opener.open(sealed)?;
-        let plain = zstd::bulk::decompress(&compressed, MAX_OPENED)
-            .map_err(|e| OpenError::Decode(e.to_string()))?;
-        let batch =
-            Batch::decode(plain.as_slice()).map_err(|e| OpenError::Decode(e.to_string()))?;
+        let decode = |e: &dyn std::fmt::Display| OpenError::Decode(e.to_string());
+        let size = match zstd::zstd_safe::get_frame_content_size(&compressed) {
+            Ok(Some(size)) if size <= MAX_OPENED as u64 => size as usize,
+            _ => return Err(decode(&"it does not say a size, or too large a one")),
+        };
+        let plain = self.decompressor.lock().decompress(&compressed, size);
+        let plain = Bytes::from(plain.map_err(|e| decode(&e))?);
+        // Keys and values are slices of `plain`.
+        let batch = Batch::decode(plain).map_err(|e| decode(&e))?;
         match batch.version {
             VERSION => Ok(batch),
             other => Err(OpenError::Version(other)),

@@ -26,8 +26,8 @@ use crate::proto::command::{Command, Commands, Replies, Reply};
 /// Requests in one entry, and their bytes.
 const MAX_COMMANDS: usize = 256;
 const MAX_BYTES: usize = 1 << 20;
-/// Entries under way at once.
-const IN_FLIGHT: usize = 3;
+/// Entries under way at once: more are smaller, and each costs an fsync and a message per member.
+const IN_FLIGHT: usize = 2;
 /// Batches on their way to the leader at once.
 const FORWARDS: usize = 4;
 const QUEUE: usize = 8192;

@@ -4,10 +4,12 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use kms::TenantKeys;
+use parking_lot::Mutex;
 use prost::Message;
 use rocksdb::WriteBatch;
 use thiserror::Error;
 
+use super::latest::{Known, Latest};
 use super::state::State;
 use super::store::{Store, read_user, user_key};
 use crate::command::{EntryCodec, OpenError};
@@ -59,6 +61,7 @@ pub struct Machine {
     codec: Arc<EntryCodec>,
     hasher: Hasher,
     group: GroupId,
+    latest: Mutex<Latest>,
 }
 
 impl Machine {
@@ -73,6 +76,7 @@ impl Machine {
             codec,
             hasher: Hasher::new(keys),
             group,
+            latest: Mutex::default(),
         }
     }
 
@@ -86,8 +90,23 @@ impl Machine {
 
     /// Applies `entries` in order, atomically; answers the replies of each.
     pub fn apply(&self, entries: Vec<Entry>) -> Result<Vec<Vec<Reply>>, MachineError> {
+        let mut latest = self.latest.lock();
+        let replies = self.apply_with(entries, &mut latest);
+        if replies.is_err() {
+            latest.clear();
+        }
+        replies
+    }
+
+    fn apply_with(
+        &self,
+        entries: Vec<Entry>,
+        latest: &mut Latest,
+    ) -> Result<Vec<Vec<Reply>>, MachineError> {
         let engine = self.store.engine();
+        latest.bind(&engine);
         let mut writer = Writer {
+            latest,
             engine: &engine,
             hasher: &self.hasher,
             batch: WriteBatch::default(),
@@ -141,6 +160,7 @@ impl Machine {
 
 /// The changes of one batch.
 struct Writer<'a> {
+    latest: &'a mut Latest,
     engine: &'a Engine,
     hasher: &'a Hasher,
     batch: WriteBatch,
@@ -229,7 +249,22 @@ impl Writer<'_> {
 
     fn put(&mut self, request: PutRequest) -> Result<PutResponse, Failed> {
         let revision = self.state.revision + 1;
-        let previous = self.view().get(&request.key)?;
+        // The record itself is read only where its value or lease is asked for.
+        let known = match request.ignore_value || request.ignore_lease || request.prev_kv {
+            true => None,
+            false => self.latest.get(&request.key),
+        };
+        let previous = match known {
+            Some(_) => None,
+            None => self.view().get(&request.key)?,
+        };
+        let known = known.or_else(|| {
+            previous.as_ref().map(|p| Known {
+                create: p.create,
+                version: p.version,
+                hash: self.hasher.hash(&request.key, &p.encode()),
+            })
+        });
         let value = match &previous {
             Some(previous) if request.ignore_value => previous.value.clone(),
             _ => request.value,
@@ -239,21 +274,26 @@ impl Writer<'_> {
             _ => request.lease,
         };
         let record = Record {
-            create: previous.as_ref().map_or(revision, |p| p.create),
+            create: known.map_or(revision, |k| k.create),
             modified: revision,
-            version: previous.as_ref().map_or(1, |p| p.version + 1),
+            version: known.map_or(1, |k| k.version + 1),
             lease,
             value,
         };
         let row = record.encode();
-        if let Some(previous) = &previous {
-            let hash = self.hasher.hash(&request.key, &previous.encode());
-            self.state.digests.keys.subtract(hash);
+        let hash = self.hasher.hash(&request.key, &row);
+        if let Some(known) = known {
+            self.state.digests.keys.subtract(known.hash);
         }
-        self.state
-            .digests
-            .keys
-            .add(self.hasher.hash(&request.key, &row));
+        self.state.digests.keys.add(hash);
+        self.latest.put(
+            &request.key,
+            Known {
+                create: record.create,
+                version: record.version,
+                hash,
+            },
+        );
         self.state.bytes += (request.key.len() + record.value.len()) as u64;
         self.batch
             .put_cf(self.engine.cf(Cf::Kv), &request.key, &row);
@@ -295,6 +335,7 @@ impl Writer<'_> {
         for (key, record) in found.rows {
             let hash = self.hasher.hash(&key, &record.encode());
             self.state.digests.keys.subtract(hash);
+            self.latest.remove(&key);
             self.state.bytes += key.len() as u64;
             self.batch.delete_cf(self.engine.cf(Cf::Kv), &key);
             self.event(revision, DELETE, &key, &Event::encode_delete(&key));

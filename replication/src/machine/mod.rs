@@ -6,6 +6,7 @@
 //! replica, which stops; it is never skipped.
 
 mod apply;
+mod latest;
 mod state;
 mod store;
 

@@ -10,7 +10,7 @@ const LENGTH: usize = 1 + 1 + Position::LENGTH + 5 * 8 + 3 * 32;
 const KEY: &[u8] = b"state";
 const MEMBERSHIP: &[u8] = b"membership";
 
-/// State at an applied position. One row of column family `meta`; see docs/formats/engine.md.
+/// State at an applied position. One row of column family `meta`; see docs/formats/README.md.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct State {
     pub applied: Option<Position>,
