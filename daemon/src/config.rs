@@ -30,6 +30,11 @@ pub struct NodeConfig {
     pub tls: TlsFiles,
     /// TLS towards clients; without it they speak plaintext.
     pub client_tls: Option<ClientTls>,
+    /// Bytes of log above which entries go although the bucket has been away too long to take
+    /// them; no moment among those can be restored.
+    pub max_log_bytes: Option<u64>,
+    /// Seconds between two scans of a replica against its digest.
+    pub scan_every_s: Option<u64>,
     #[serde(default)]
     pub kms: KmsConfig,
     #[serde(default)]
@@ -144,6 +149,15 @@ impl NodeConfig {
                 "bucket.cloud_region: an s3 bucket needs it, to be checked against the region"
                     .into(),
             );
+        }
+        if self
+            .max_log_bytes
+            .is_some_and(|bytes| bytes < crate::limits::MIN_LOG)
+        {
+            found.push(format!(
+                "max_log_bytes: below {} the log has no room for its own files",
+                crate::limits::MIN_LOG
+            ));
         }
         if let Some(cloud) = &self.bucket.cloud_region {
             found.extend(self.region.admits("bucket", cloud).err());

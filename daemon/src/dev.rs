@@ -81,6 +81,8 @@ pub fn lay_out(layout: &Layout) -> Result<Vec<PathBuf>, String> {
                 key,
             },
             client_tls: None,
+            max_log_bytes: None,
+            scan_every_s: None,
             kms: KmsConfig {
                 local: Some(LocalKms {
                     keyfile: dir.join("keys.json"),

@@ -21,6 +21,14 @@ pub const MAX_LOGINS: usize = 2;
 pub const DEFAULT_QUOTA: u64 = 8 << 30;
 /// Tenant and user names.
 pub const MAX_NAME: usize = 63;
+/// The log of all groups of a node on disk: hours without the bucket at a high rate.
+pub const MAX_LOG: u64 = 16 << 30;
+/// The least that a log may be capped to: a few of its files.
+pub const MIN_LOG: u64 = 256 << 20;
+/// How often every row of a replica is read and its digest counted anew, and how fast, in bytes a
+/// second: a tenth of a disk's and a fiftieth of a core's speed.
+pub const SCAN_EVERY: Duration = Duration::from_secs(6 * 3600);
+pub const SCAN_RATE: u64 = 32 << 20;
 /// Memtables of all tenants of a node together.
 pub const WRITE_BUFFERS: usize = 512 << 20;
 /// Block cache of one tenant.

@@ -1,5 +1,7 @@
 //! Logs on standard error, as text or JSON. Nothing logs a key, a value or a user's name.
 
+use std::io::IsTerminal;
+
 use tracing_subscriber::EnvFilter;
 
 use crate::config::LogConfig;
@@ -9,6 +11,7 @@ pub fn start(config: &LogConfig) {
     let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     // A second start, in a process that has several nodes, keeps the first.
     let _ = match config.json {

@@ -28,7 +28,7 @@ use replication::network::{self, Hello, NodeTls, Peers, Service};
 use replication::{GroupId, command};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
-use tokio::sync::{Mutex, Notify};
+use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 
 use crate::config::NodeConfig;
@@ -50,6 +50,8 @@ enum Question {
     Register(NodeRecord),
     /// Digests of recent positions of a group.
     Digests(GroupId),
+    /// Whether this node's replica of a group holds anything.
+    Holds(GroupId),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -57,6 +59,13 @@ enum Question {
 struct RegionFile {
     version: u32,
     directory: GroupId,
+    /// This node founded the region, and forms the directory's group.
+    #[serde(default)]
+    founder: bool,
+}
+
+impl RegionFile {
+    const VERSION: u32 = 1;
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +95,6 @@ pub struct Node {
     archive_key: RwLock<Option<Secret>>,
     /// Links made since the directory was last told.
     links: RwLock<BTreeMap<TenantId, LinkRecord>>,
-    pub changed: Notify,
     /// One restore at a time.
     pub restoring: Mutex<()>,
     tasks: parking_lot::Mutex<JoinSet<()>>,
@@ -167,6 +175,7 @@ impl Node {
                 budget: Budget::new(limits::WRITE_BUFFERS, limits::BLOCK_CACHE, ciphering),
                 providers: providers(&config).await,
                 keys: WrappedKeyStore::new(bucket.clone(), dir.join("keys")),
+                max_log_bytes: config.max_log_bytes.unwrap_or(limits::MAX_LOG),
                 bucket,
             },
             tenants: Registry::default(),
@@ -174,7 +183,6 @@ impl Node {
             directory: RwLock::new(None),
             archive_key: RwLock::new(None),
             links: RwLock::default(),
-            changed: Notify::new(),
             restoring: Mutex::new(()),
             tasks: parking_lot::Mutex::new(JoinSet::new()),
             config,
@@ -247,21 +255,30 @@ impl Node {
         self.parts.data_dir.join("region.json")
     }
 
-    pub fn save_region(&self, directory: GroupId) -> Result<(), String> {
+    pub fn save_region(&self, directory: GroupId, founder: bool) -> Result<(), String> {
         let file = RegionFile {
-            version: 1,
+            version: RegionFile::VERSION,
             directory,
+            founder,
         };
         let bytes = serde_json::to_vec(&file).map_err(|e| e.to_string())?;
         write_private(&self.region_file(), &bytes)
             .map_err(|e| format!("{}: {e}", self.region_file().display()))
     }
 
-    fn read_region(&self) -> Result<Option<GroupId>, String> {
+    fn read_region(&self) -> Result<Option<RegionFile>, String> {
         match std::fs::read(self.region_file()) {
-            Ok(bytes) => serde_json::from_slice::<RegionFile>(&bytes)
-                .map(|file| Some(file.directory))
-                .map_err(|e| format!("{}: {e}", self.region_file().display())),
+            Ok(bytes) => {
+                let file: RegionFile = serde_json::from_slice(&bytes)
+                    .map_err(|e| format!("{}: {e}", self.region_file().display()))?;
+                match file.version {
+                    RegionFile::VERSION => Ok(Some(file)),
+                    other => Err(format!(
+                        "{}: version {other} is not known to this version of holdfastd; run the one that wrote it, or a newer one",
+                        self.region_file().display()
+                    )),
+                }
+            }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(format!("{}: {e}", self.region_file().display())),
         }
@@ -293,17 +310,17 @@ impl Node {
     }
 
     async fn find_directory(&self) -> Result<Option<GroupId>, String> {
-        if let Some(group) = self.read_region()? {
-            if self.config.is_founder() {
-                self.form(group).await?;
+        if let Some(file) = self.read_region()? {
+            if file.founder {
+                self.form(file.directory).await?;
             }
-            return Ok(Some(group));
+            return Ok(Some(file.directory));
         }
         for peer in self.other_peers() {
             if let Some(answer) = self.ask(&peer, &Question::Directory).await
                 && let Ok(Some(group)) = serde_json::from_slice::<Option<GroupId>>(&answer)
             {
-                self.save_region(group)?;
+                self.save_region(group, false)?;
                 return Ok(Some(group));
             }
         }
@@ -385,7 +402,7 @@ impl Node {
             )
             .await
             .map_err(|e| format!("the bootstrap object: {e}"))?;
-        self.save_region(group)?;
+        self.save_region(group, true)?;
         tracing::info!(region = %self.config.region, %group, nodes = members.len(), "the region is founded");
         self.form(group).await?;
         Ok(group)
@@ -404,14 +421,14 @@ impl Node {
 
     /// Forms the directory's group, unless it was formed before.
     async fn form(&self, group: GroupId) -> Result<(), String> {
-        if self.parts.log.contains(group) || group.incarnation > 1 {
+        let opened = self.open_directory_group(group).await?;
+        if opened.is_formed().await.map_err(|e| e.to_string())? {
             return Ok(());
         }
         let members = self
             .members()
             .await
             .ok_or("waiting for the other nodes, to form the directory")?;
-        let opened = self.open_directory_group(group).await?;
         opened.initialize(members).await.map_err(|e| e.to_string())
     }
 
@@ -444,6 +461,8 @@ impl Node {
         self.spawn(async move { controller::compare_digests(own).await });
         let own = self.clone();
         self.spawn(async move { own.serve_when_current().await });
+        let own = self.clone();
+        self.spawn(async move { controller::scan_replicas(own).await });
         Ok(())
     }
 
@@ -456,13 +475,26 @@ impl Node {
         let group = directory.group();
         loop {
             let votes = group.status().voters.contains(&self.id);
-            if votes && group.read_barrier().await.is_ok() {
+            if votes && group.is_current().await {
                 *self.state.write() = NodeState::Serving;
-                self.changed.notify_waiters();
                 return;
             }
             tokio::time::sleep(LOOK).await;
         }
+    }
+
+    /// Names and zones of the region's nodes that this node has no connection to.
+    pub fn unreachable(&self) -> Vec<String> {
+        let nodes = self.directory().and_then(|d| d.nodes().ok());
+        let away = |n: &NodeRecord| {
+            let peer = self.parts.peers.node(n.id, &n.peer_address);
+            n.id != self.id && peer.connection().is_none()
+        };
+        let nodes = nodes.unwrap_or_default().into_iter().map(|f| f.record);
+        nodes
+            .filter(away)
+            .map(|n| format!("{} (zone {})", n.name, n.zone))
+            .collect()
     }
 
     /// Registers this node, here or through a peer that can.
@@ -483,6 +515,21 @@ impl Node {
             }
         }
         Err("no peer could register this node".into())
+    }
+
+    /// Whether a node's replica of a group holds anything; `None` if it does not answer.
+    pub async fn holds(&self, node: &NodeRecord, group: GroupId) -> Option<bool> {
+        if node.id == self.id {
+            return Some(self.holds_here(group));
+        }
+        let question = Question::Holds(group);
+        let answer = self.ask(&node.peer_address, &question).await?;
+        serde_json::from_slice(&answer).ok()
+    }
+
+    fn holds_here(&self, group: GroupId) -> bool {
+        let open = self.parts.groups.get(group);
+        open.is_some_and(|group| !group.is_quarantined() && !group.status().voters.is_empty())
     }
 
     /// Digests of a group's recent positions on another node.
@@ -511,7 +558,7 @@ impl DaemonCalls for Calls {
                 let id = node.directory().map(|d| d.group().id());
                 let forming = match id {
                     Some(id) => Some(id),
-                    None => node.read_region()?,
+                    None => node.read_region()?.map(|file| file.directory),
                 };
                 serde_json::to_vec(&forming)
             }
@@ -523,6 +570,7 @@ impl DaemonCalls for Calls {
                     .map_err(|e| e.to_string())?;
                 serde_json::to_vec(&())
             }
+            Question::Holds(group) => serde_json::to_vec(&node.holds_here(group)),
             Question::Digests(group) => {
                 let group = node
                     .parts

@@ -38,7 +38,7 @@ pub async fn run(config: &Path, command: RestoreCommand) -> Result<ExitCode, Str
     screen.finish()
 }
 
-/// The first node that awaits a restore. It is asked again while nodes are starting.
+/// The first node that awaits a restore, or serves a region that was restored in part. It is asked again while nodes are starting.
 async fn awaiting(
     operator: &OperatorConfig,
 ) -> Result<daemon::proto::admin::admin_client::AdminClient<tonic::transport::Channel>, String> {
@@ -56,13 +56,8 @@ async fn awaiting(
             let status = client.node_status(NodeStatusRequest {}).await;
             let status = status.map_err(|e| e.message().to_string())?.into_inner();
             match status.state.as_str() {
-                "awaiting restore" => return Ok(client),
-                "serving" => {
-                    return Err(format!(
-                        "node {} is serving the region: a region is restored onto nodes whose data directories are empty",
-                        status.name
-                    ));
-                }
+                // A node that serves restores the tenants that are still lost.
+                "awaiting restore" | "serving" => return Ok(client),
                 state => said.push(format!("{}: {state}", status.name)),
             }
         }
@@ -110,7 +105,7 @@ impl Screen {
         }
     }
 
-    fn finish(self) -> Result<ExitCode, String> {
+    fn finish(mut self) -> Result<ExitCode, String> {
         let row = |(name, o): &(String, Outcome)| {
             vec![
                 name.clone(),
@@ -123,8 +118,15 @@ impl Screen {
                 if o.digest_matches { "yes" } else { "NO" }.to_string(),
             ]
         };
+        // As their deadlines come; "enhanced" before "standard".
+        self.done
+            .sort_by(|(a, x), (b, y)| (&x.tier, x.rto_ms, a).cmp(&(&y.tier, y.rto_ms, b)));
         let rows: Vec<_> = self.done.iter().map(row).collect();
         println!();
+        if self.done.is_empty() && self.refused.is_empty() {
+            println!("The region serves, and no tenant of it is lost: nothing was restored.");
+            return Ok(ExitCode::SUCCESS);
+        }
         table::print(
             &[
                 "TENANT",

@@ -343,6 +343,7 @@ impl Admin for AdminService {
             zone: self.0.config.zone.clone(),
             state: self.0.state.read().name().into(),
             nodes: nodes.into_iter().map(|n| n.record.name).collect(),
+            unreachable: self.0.unreachable(),
         }))
     }
 

@@ -4,6 +4,10 @@
 //! a group of one member, this node; the other nodes then join through the controllers, as any node
 //! does that comes back empty. A tenant that is refused does not hold up the others. The work goes
 //! on if the operator's connection is lost; its outcome is in the log then.
+//!
+//! Asked again of a node that serves the directory, it restores the tenants that are still lost:
+//! those that were refused, and those that a restore which died had not come to. A tenant is lost
+//! if its group was formed and no node of its placement holds anything of it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -31,11 +35,10 @@ use crate::proto::admin::{Outcome, RestoreEvent};
 type Events = mpsc::Sender<Result<RestoreEvent, Status>>;
 
 pub fn start(node: Arc<Node>, lost_at_ms: u64) -> Result<BoxStream<RestoreEvent>, Status> {
-    if *node.state.read() != NodeState::AwaitingRestore {
+    if *node.state.read() == NodeState::Starting {
         return Err(Status::failed_precondition(format!(
-            "node {} is {}: a region is restored onto nodes whose data directories are empty",
-            node.config.name,
-            node.state.read().name()
+            "node {} is starting: try again",
+            node.config.name
         )));
     }
     let (events, stream) = mpsc::channel(256);
@@ -94,6 +97,29 @@ impl Run {
     }
 
     async fn region(self: &Arc<Self>) -> Result<(), String> {
+        if let Some(directory) = self.node.directory() {
+            let barrier = directory.group().read_barrier().await;
+            barrier.map_err(|e| e.to_string())?;
+            let key = self.node.archive_key();
+            let key = key.ok_or("the archive key is not known yet")?;
+            let mut lost = Vec::new();
+            for tenant in directory.tenants().map_err(|e| e.to_string())? {
+                match self.is_lost(&directory, &tenant.record).await {
+                    Ok(true) => lost.push(tenant),
+                    Ok(false) => {}
+                    Err(why) => self.event(&tenant.record.name, "refused", why).await,
+                }
+            }
+            return self.tenants(directory, key, lost).await;
+        }
+        // Whatever still runs of the old region is fenced by the chains that are closed.
+        let (directory, key) = self.directory().await?;
+        let all = directory.tenants().map_err(|e| e.to_string())?;
+        self.tenants(directory, key, all).await
+    }
+
+    /// Restores the directory; answers it and the region's archive key.
+    async fn directory(&self) -> Result<(Directory, Secret), String> {
         let node = &self.node;
         let got = node
             .parts
@@ -102,8 +128,7 @@ impl Run {
             .await
             .map_err(|e| e.to_string())?;
         let bytes = got.bytes().await.map_err(|e| e.to_string())?;
-        let bootstrap: Bootstrap =
-            serde_json::from_slice(&bytes).map_err(|e| format!("bootstrap.json: {e}"))?;
+        let bootstrap = Bootstrap::decode(&bytes)?;
         if bootstrap.region != node.config.region {
             return Err(format!(
                 "the bucket holds region {}, this node is of region {}: refused",
@@ -119,12 +144,20 @@ impl Run {
         let (group, _, _) = self
             .restore_group("directory", first, keys, &archive_key, 0, 1)
             .await?;
-        node.save_region(group.id())?;
+        node.save_region(group.id(), false)?;
         node.open_directory(group.id()).await?;
         let directory = node.directory().ok_or("the directory is not open")?;
         self.event("directory", "serving", String::new()).await;
+        Ok((directory, archive_key))
+    }
 
-        let mut tenants = directory.tenants().map_err(|e| e.to_string())?;
+    /// Restores tenants, in the order of their deadlines.
+    async fn tenants(
+        self: &Arc<Self>,
+        directory: Directory,
+        archive_key: Secret,
+        mut tenants: Vec<Found<TenantRecord>>,
+    ) -> Result<(), String> {
         tenants.sort_by_key(|t| (t.record.tier, t.record.rto_ms));
         let links = directory.links().map_err(|e| e.to_string())?;
         let links: Vec<LinkRecord> = links.into_iter().map(|found| found.record).collect();
@@ -146,6 +179,30 @@ impl Run {
         Ok(())
     }
 
+    /// Whether nothing of a tenant is left on the nodes that it is placed on.
+    async fn is_lost(&self, directory: &Directory, record: &TenantRecord) -> Result<bool, String> {
+        if !record.formed {
+            return Ok(false);
+        }
+        let nodes = directory.nodes().map_err(|e| e.to_string())?;
+        let placed = nodes
+            .iter()
+            .filter(|n| record.placement.contains(&n.record.name));
+        for node in placed {
+            match self.node.holds(&node.record, record.group()).await {
+                Some(true) => return Ok(false),
+                Some(false) => {}
+                None => {
+                    return Err(format!(
+                        "node {} does not answer, and may hold the tenant: start it, or replace it by an empty one, and restore again",
+                        node.record.name
+                    ));
+                }
+            }
+        }
+        Ok(true)
+    }
+
     async fn tenant(
         &self,
         directory: &Directory,
@@ -159,6 +216,7 @@ impl Run {
             .filter(|l| l.incarnation == record.incarnation)
             .map_or(0, |l| l.link);
         let majority = record.placement.len() / 2 + 1;
+        tracing::info!(tenant = %record.id, "restoring");
         let restored = async {
             let keys = self.keys(record.group()).await?;
             let (group, restored, plan) = self

@@ -9,6 +9,7 @@ use replication::group::Group;
 
 use super::Directory;
 use super::records::{NodeRecord, TenantRecord};
+use crate::limits;
 use crate::node::Node;
 use crate::tenant::Tenant;
 
@@ -94,24 +95,26 @@ async fn drop_older(node: &Node, id: replication::GroupId) {
 
 async fn open_group(node: &Arc<Node>, record: &TenantRecord) -> Result<Arc<Group>, String> {
     let id = record.group();
-    if let Some(open) = node.parts.groups.get(id) {
-        return Ok(open);
-    }
+    let open = node.parts.groups.get(id);
     let key = node
         .archive_key()
         .ok_or("the region's archive key is not known yet")?;
     let rpo = Duration::from_millis(record.rpo_ms);
     let majority = record.placement.len() / 2 + 1;
-    let known = node.parts.log.contains(id);
-    let group = node
-        .parts
-        .open(id, rpo, Some(key), node.report(), majority)
-        .await?;
+    let group = match open {
+        Some(open) => open,
+        None => {
+            let report = node.report();
+            let parts = &node.parts;
+            parts.open(id, rpo, Some(key), report, majority).await?
+        }
+    };
     let first = record.placement.first() == Some(&node.config.name);
-    if first && !record.formed && record.incarnation == 1 && !known {
+    if first && !record.formed && record.incarnation == 1 {
         let directory = node.directory().ok_or("there is no directory")?;
         let nodes = placed(&directory, record)?;
         let members = nodes.into_iter().map(|n| (n.id, n.peer_address)).collect();
+        // An error of one that is formed already is none.
         group.initialize(members).await.map_err(|e| e.to_string())?;
     }
     Ok(group)
@@ -241,6 +244,40 @@ async fn reconcile(node: &Node, group: &Group, wanted: &[NodeRecord]) {
             tracing::warn!(group = %group.id(), "the members are not changed within a minute")
         }
     }
+}
+
+/// Scans the replicas of this node, one after the other, and quarantines one whose rows do not have
+/// its digest, as long as all other nodes of its placement hold a replica: one fault of ours in all
+/// of them must not take the tenant away.
+pub async fn scan_replicas(node: Arc<Node>) {
+    let every = node.config.scan_every_s.map(Duration::from_secs);
+    let every = every.unwrap_or(limits::SCAN_EVERY);
+    loop {
+        tokio::time::sleep(every).await;
+        for tenant in node.tenants.all() {
+            let Ok(group) = tenant.group() else { continue };
+            let scanned = group.clone();
+            let scan = tokio::task::spawn_blocking(move || scanned.scan(limits::SCAN_RATE));
+            let Ok(Err(e)) = scan.await else { continue };
+            tracing::error!(group = %group.id(), error = %e, "ALARM: a scan found this replica damaged");
+            crate::server::metrics::DIGEST_DIFFERENCES.inc();
+            if others_hold(&node, &tenant.record()).await {
+                group.quarantine().await;
+            }
+        }
+    }
+}
+
+async fn others_hold(node: &Node, record: &TenantRecord) -> bool {
+    let Some(nodes) = node.directory().and_then(|d| placed(&d, record).ok()) else {
+        return false;
+    };
+    for other in nodes.iter().filter(|n| n.id != node.id) {
+        if node.holds(other, record.group()).await != Some(true) {
+            return false;
+        }
+    }
+    true
 }
 
 /// Compares the digests of the groups led here with those of the other replicas at the same

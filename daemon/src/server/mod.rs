@@ -82,7 +82,15 @@ pub async fn start(node: &Arc<Node>) -> Result<(), String> {
 }
 
 fn healthz(node: &Node) -> String {
-    format!("ok: {}\n", node.state.read().name())
+    let away = node.unreachable();
+    match away.is_empty() {
+        true => format!("ok: {}\n", node.state.read().name()),
+        false => format!(
+            "degraded: {}; no connection to {}\n",
+            node.state.read().name(),
+            away.join(", ")
+        ),
+    }
 }
 
 fn readyz(node: &Node) -> (axum::http::StatusCode, String) {

@@ -13,7 +13,8 @@ use replication::GroupId;
 use replication::archive::archiver::{self, Report};
 use replication::archive::chain::Chain;
 use replication::engine::Budget;
-use replication::group::{Group, GroupConfig, Groups};
+use replication::group::replica::{is_fenced, is_quarantined};
+use replication::group::{Group, GroupConfig, GroupError, Groups};
 use replication::log::NodeLog;
 use replication::network::Peers;
 
@@ -29,6 +30,8 @@ pub struct Parts {
     pub providers: Providers,
     pub keys: WrappedKeyStore,
     pub bucket: Arc<dyn ObjectStore>,
+    /// Above this the log is purged although it is not archived.
+    pub max_log_bytes: u64,
 }
 
 impl Parts {
@@ -46,6 +49,12 @@ impl Parts {
         report: Report,
         min_voters: usize,
     ) -> Result<Arc<Group>, String> {
+        if is_fenced(&self.replica_dir(id)) {
+            return Err(GroupError::Fenced(id).to_string());
+        }
+        if is_quarantined(&self.replica_dir(id)) {
+            return Err(GroupError::Quarantined(id).to_string());
+        }
         let wrapped = self.keys.load(id.tenant).await.map_err(|e| e.to_string())?;
         let keys = wrapped
             .unwrap(&self.providers)
@@ -63,6 +72,7 @@ impl Parts {
             peers: self.peers.clone(),
             rpo_zero: rpo.is_zero(),
             min_voters,
+            max_log_bytes: self.max_log_bytes,
         })
         .await
         .map_err(|e| e.to_string())?;
@@ -92,9 +102,10 @@ impl Tenant {
     pub fn group(&self) -> Result<Arc<Group>, String> {
         let group = self.group.read().clone()?;
         if group.is_fenced() {
-            return Err(
-                "this tenant was restored elsewhere: this copy has stopped for good".into(),
-            );
+            return Err(GroupError::Fenced(group.id()).to_string());
+        }
+        if group.is_quarantined() {
+            return Err(GroupError::Quarantined(group.id()).to_string());
         }
         Ok(group)
     }

@@ -14,17 +14,22 @@ use tokio::time::Instant;
 use super::chain::{Chain, ChainError, Created, Tail};
 use super::checkpoint::{self, Manifest};
 use super::link::{Header, LinkState};
-use crate::group::Group;
+use crate::Position;
+use crate::group::{Checkpoint, Group};
 use crate::machine::State;
 
 /// A link is cut at this size, if its time has not come before.
 const MAX_LINK: usize = 4 << 20;
 /// A checkpoint is uploaded once this much was shipped since the last one.
 const CHECKPOINT_BYTES: u64 = 64 << 20;
+/// And after so many links: a restore reads each one behind the newest checkpoint.
+const CHECKPOINT_LINKS: u64 = 1000;
 /// The longest that a write waits for its link, however long the RPO: links cost little.
 const MAX_INTERVAL: Duration = Duration::from_secs(5);
 const MIN_RETRY: Duration = Duration::from_millis(100);
 const MAX_RETRY: Duration = Duration::from_secs(5);
+/// A new leader waits so long for the bucket to say whether its chain was closed.
+const FIRST_LOOK: Duration = Duration::from_secs(2);
 /// How often an idle leader looks whether its chain was closed.
 const LOOK: Duration = Duration::from_secs(5);
 
@@ -77,6 +82,16 @@ pub async fn run(group: Arc<Group>, chain: Chain, rpo: Duration, report: Report)
     }
 }
 
+fn local(object: &str, e: std::io::Error) -> ChainError {
+    ChainError::Store {
+        object: object.into(),
+        cause: object_store::Error::Generic {
+            store: "local disk",
+            source: Box::new(e),
+        },
+    }
+}
+
 fn now_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     now.unwrap_or_default().as_millis() as u64
@@ -85,17 +100,17 @@ fn now_ms() -> u64 {
 impl Archiver {
     /// Ships while this node leads.
     async fn lead(&self, group: &Group, retry: &mut Duration) -> Result<(), ChainError> {
-        let mut tail = self.chain.tail(0).await?;
-        if let Some(closed) = tail.closed() {
-            return Err(ChainError::Closed(closed.incarnation));
-        }
+        let term = self.term(group);
+        let mut tail = self.first_look(group, term).await?;
         group.note_archived(tail.last_index());
+        self.bridge(group, &mut tail).await?;
         let mut known: Vec<(u64, u64, String)> =
             vec![(tail.number, tail.last_index(), tail.hash.clone())];
         let mut shipped = 0u64;
-        let mut since_checkpoint = 0u64;
+        let (mut since_checkpoint, mut links, mut uploaded) = (0u64, 0u64, 0u64);
         let mut applied = group.store().watch();
-        while group.is_leader() && !group.is_fenced() {
+        // A leader of another term looks anew.
+        while group.is_leader() && !group.is_fenced() && self.term(group) == term {
             let state = applied.borrow_and_update().clone();
             let index = state.applied.map_or(0, |at| at.index);
             if index <= tail.last_index() {
@@ -111,16 +126,92 @@ impl Archiver {
             *retry = MIN_RETRY;
             shipped += size;
             since_checkpoint += size;
+            links += 1;
             known.push((tail.number, tail.last_index(), tail.hash.clone()));
             if known.len() > 4096 {
                 known.remove(0);
             }
-            if since_checkpoint >= CHECKPOINT_BYTES && self.checkpoint(group, &known).await? {
-                since_checkpoint = 0;
+            if since_checkpoint >= CHECKPOINT_BYTES || links >= CHECKPOINT_LINKS {
+                match self.checkpoint(group, &known, &mut uploaded).await? {
+                    true => (since_checkpoint, links) = (0, 0),
+                    // It is uploaded after a later link.
+                    false if links % CHECKPOINT_LINKS == 0 => group.make_checkpoint().await,
+                    false => {}
+                }
             }
         }
         tracing::debug!(group = %group.id(), shipped, "no longer leading");
         Ok(())
+    }
+
+    /// Finds the end of the chain before this leader's first write: if a restore has closed it,
+    /// nothing may be acknowledged any more. A bucket that does not answer holds nobody up.
+    async fn first_look(&self, group: &Group, term: u64) -> Result<Tail, ChainError> {
+        let mut look = std::pin::pin!(self.chain.tail());
+        let found = match tokio::time::timeout(FIRST_LOOK, &mut look).await {
+            Ok(found) => found,
+            Err(_) => {
+                tracing::warn!(group = %group.id(), "the bucket does not say whether the chain is closed; writes go on without it");
+                group.shared().clear_writes(term);
+                look.await
+            }
+        };
+        if let Ok(tail) = &found
+            && let Some(closed) = tail.closed()
+        {
+            return Err(ChainError::Closed(closed.incarnation));
+        }
+        group.shared().clear_writes(term);
+        found
+    }
+
+    /// Where the log was purged beyond the end of the chain, a checkpoint takes the place of what
+    /// is gone: the states between cannot be restored any more.
+    async fn bridge(&self, group: &Group, tail: &mut Tail) -> Result<(), ChainError> {
+        let purged = group.shared().log.purged();
+        let Some(purged) = purged.filter(|at| at.index > tail.last_index()) else {
+            return Ok(());
+        };
+        let found = group.checkpoint().map_err(|e| local("the checkpoint", e))?;
+        let found = found.and_then(|c| c.state.applied.map(|at| (c, at)));
+        let Some((checkpoint, position)) = found.filter(|(_, at)| at.index >= purged.index) else {
+            let none = std::io::Error::other("there is none that covers what was purged");
+            return Err(local("the checkpoint", none));
+        };
+        tracing::error!(group = %group.id(), from = tail.last_index() + 1, to = position.index, "these entries were purged before they were archived: a checkpoint takes their place, and no moment between can be restored");
+        let state = checkpoint.state;
+        let manifest = self.manifest(&state, position, tail.number, tail.hash.clone());
+        checkpoint::upload(&self.chain, checkpoint.files, manifest).await?;
+        let header = Header {
+            term: self.term(group),
+            last: Some(position),
+            state: Some(LinkState {
+                revision: state.revision,
+                time_ms: state.time_ms,
+                digests: state.digests,
+            }),
+            ..self.blank()
+        };
+        self.create(group, tail, header, &[]).await
+    }
+
+    fn manifest(
+        &self,
+        state: &State,
+        position: Position,
+        link: u64,
+        link_hash: String,
+    ) -> Manifest {
+        Manifest {
+            format: checkpoint::FORMAT,
+            group: self.chain.group(),
+            link,
+            link_hash,
+            position,
+            revision: state.revision,
+            digests: state.digests,
+            files: Vec::new(),
+        }
     }
 
     /// Waits until the link is due or full; answers the newest state to ship.
@@ -162,30 +253,18 @@ impl Archiver {
     async fn ship(&self, group: &Group, tail: &mut Tail, state: &State) -> Result<u64, ChainError> {
         let end = state.applied.map_or(0, |at| at.index);
         let log = &group.shared().log;
-        let start = match (tail.last_index(), log.purged()) {
-            (0, Some(purged)) if tail.header.is_none() => purged.index + 1,
+        let start = match tail.header.is_none() {
             // The first entry of a log has index 0.
-            (0, None) if tail.header.is_none() => 0,
-            (last, _) => last + 1,
+            true => 0,
+            false => tail.last_index() + 1,
         };
         let read = log
             .read(start, end + 1, MAX_LINK)
-            .map_err(|e| ChainError::Store {
-                object: "the node's log".into(),
-                cause: object_store::Error::Generic {
-                    store: "local disk",
-                    source: Box::new(e),
-                },
-            })?;
+            .map_err(|e| local("the node's log", e))?;
         let Some((last, _)) = read.last() else {
-            let missing = std::io::Error::other("entries that are not archived are not in the log");
-            return Err(ChainError::Store {
-                object: format!("the node's log at {start}"),
-                cause: object_store::Error::Generic {
-                    store: "local disk",
-                    source: Box::new(missing),
-                },
-            });
+            // Purged beyond the cap while the bucket was away.
+            self.bridge(group, tail).await?;
+            return Ok(0);
         };
         let last = *last;
         let entries: Vec<_> = read.into_iter().map(|(_, bytes)| bytes).collect();
@@ -259,11 +338,13 @@ impl Archiver {
         &self,
         group: &Group,
         known: &[(u64, u64, String)],
+        uploaded: &mut u64,
     ) -> Result<bool, ChainError> {
-        let Some((state, dir)) = group.checkpoint() else {
+        // It may just have been replaced by a newer one: then that is uploaded next.
+        let Ok(Some(Checkpoint { state, files })) = group.checkpoint() else {
             return Ok(false);
         };
-        let Some(position) = state.applied else {
+        let Some(position) = state.applied.filter(|at| at.index > *uploaded) else {
             return Ok(false);
         };
         let Some((link, _, hash)) = known
@@ -273,17 +354,9 @@ impl Archiver {
         else {
             return Ok(false);
         };
-        let manifest = Manifest {
-            format: checkpoint::FORMAT,
-            group: group.id(),
-            link: *link,
-            link_hash: hash.clone(),
-            position,
-            revision: state.revision,
-            digests: state.digests,
-            files: Vec::new(),
-        };
-        checkpoint::upload(&self.chain, &dir, manifest).await?;
+        let manifest = self.manifest(&state, position, *link, hash.clone());
+        checkpoint::upload(&self.chain, files, manifest).await?;
+        *uploaded = position.index;
         tracing::info!(group = %group.id(), at = %position, "a checkpoint is in the bucket");
         Ok(true)
     }

@@ -112,6 +112,18 @@ impl Bootstrap {
     pub fn path() -> Path {
         Path::from("bootstrap.json")
     }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self, String> {
+        let found: Bootstrap =
+            serde_json::from_slice(bytes).map_err(|e| format!("object {}: {e}", Self::path()))?;
+        match found.version {
+            Self::VERSION => Ok(found),
+            other => Err(format!(
+                "object {}: version {other} is not known to this version of holdfastd; run the one that wrote it, or a newer one",
+                Self::path()
+            )),
+        }
+    }
 }
 
 pub fn chain_dir(group: GroupId) -> Path {

@@ -9,6 +9,7 @@ use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 use thiserror::Error;
 
 use super::bucket::{chain_dir, link_path};
+use super::checkpoint;
 use super::link::{self, Closed, Header, Link, LinkError};
 use crate::GroupId;
 
@@ -144,9 +145,12 @@ impl Chain {
         })
     }
 
-    /// The newest link at or above `known`. Listing is the only way to find it.
-    pub async fn tail(&self, known: u64) -> Result<Tail, ChainError> {
-        match self.numbers(known.saturating_sub(1)).await?.last() {
+    /// The newest link. Listing is the only way to find it: from the newest checkpoint on, since
+    /// a chain can have many links.
+    pub async fn tail(&self) -> Result<Tail, ChainError> {
+        let manifests = checkpoint::list(&self.bucket, self.group).await?;
+        let from = manifests.first().and_then(checkpoint::link_of).unwrap_or(0);
+        match self.numbers(from.saturating_sub(1)).await?.last() {
             Some(number) => Ok(Tail::from(&self.read(*number).await?)),
             None => Ok(Tail::default()),
         }

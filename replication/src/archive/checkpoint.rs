@@ -3,7 +3,8 @@
 //! Data first, manifest last. A file is uploaded once and named by the hash of its ciphertext; the
 //! manifest is authenticated with the region's archive key.
 
-use std::path::Path;
+use std::fs::File;
+use std::io::Read;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -73,13 +74,8 @@ pub fn decode(key: &Secret, group: GroupId, bytes: &[u8]) -> Result<Manifest, Li
 async fn upload_file(
     bucket: &Arc<dyn ObjectStore>,
     group: GroupId,
-    path: &Path,
+    (name, file): (String, File),
 ) -> Result<ManifestFile, ChainError> {
-    let name = path
-        .file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned();
     let local = |e: std::io::Error| ChainError::Store {
         object: name.clone(),
         cause: object_store::Error::Generic {
@@ -87,8 +83,11 @@ async fn upload_file(
             source: Box::new(e),
         },
     };
-    let read = path.to_path_buf();
-    let bytes = tokio::task::spawn_blocking(move || std::fs::read(read))
+    let read = move || {
+        let mut bytes = Vec::new();
+        (&file).read_to_end(&mut bytes).map(|_| bytes)
+    };
+    let bytes = tokio::task::spawn_blocking(read)
         .await
         .map_err(|e| local(std::io::Error::other(e)))?
         .map_err(local)?;
@@ -122,25 +121,18 @@ async fn upload_file(
     Ok(file)
 }
 
-/// Uploads the files of a checkpoint in `dir`, then its manifest. `manifest.files` is filled here.
-pub async fn upload(chain: &Chain, dir: &Path, mut manifest: Manifest) -> Result<(), ChainError> {
-    let local = |e: std::io::Error| ChainError::Store {
-        object: dir.display().to_string(),
-        cause: object_store::Error::Generic {
-            store: "local disk",
-            source: Box::new(e),
-        },
-    };
-    let mut paths = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(local)? {
-        paths.push(entry.map_err(local)?.path());
-    }
-    paths.sort();
+/// Uploads the files of a checkpoint, then its manifest. `manifest.files` is filled here.
+pub async fn upload(
+    chain: &Chain,
+    mut files: Vec<(String, File)>,
+    mut manifest: Manifest,
+) -> Result<(), ChainError> {
+    files.sort_by(|a, b| a.0.cmp(&b.0));
     let group = manifest.group;
     let bucket = chain.bucket();
-    let uploads: Vec<_> = paths
-        .iter()
-        .map(|path| upload_file(bucket, group, path))
+    let uploads: Vec<_> = files
+        .into_iter()
+        .map(|file| upload_file(bucket, group, file))
         .collect();
     manifest.files = futures::stream::iter(uploads)
         .buffered(IN_FLIGHT)
@@ -176,4 +168,9 @@ pub async fn list(
     names.sort();
     names.reverse();
     Ok(names)
+}
+
+/// The link that a manifest's name says it stands at.
+pub fn link_of(name: &object_store::path::Path) -> Option<u64> {
+    name.filename()?.split('-').next()?.parse().ok()
 }

@@ -2,7 +2,7 @@
 //!
 //! `magic HFLK (4) | format (1) | header length (4) | header (JSON) | entries | MAC (32)`; an entry
 //! is `length (4) | encoded entry`. The MAC is BLAKE3 keyed with the region's archive key over all
-//! that stands before it. See docs/formats/link.md.
+//! that stands before it. See docs/formats/README.md.
 
 use bytes::Bytes;
 use kms::Secret;

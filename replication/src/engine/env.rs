@@ -1,7 +1,7 @@
 //! The encrypted Env: every file that RocksDB writes is AES-256-CTR under a key of its own.
 //!
 //! A file begins with a 4 KiB prefix: magic, key generation, a random salt, zeros (see
-//! docs/formats/file-prefix.md). Its key is HKDF(data key, salt). Invariant: a salt covers one
+//! docs/formats/README.md). Its key is HKDF(data key, salt). Invariant: a salt covers one
 //! content; `env.cc` refuses every call that could rewrite a file. `Ciphering::Plain` exists so
 //! that the canary test can show that it would find plaintext.
 #![allow(unsafe_code)]

@@ -52,6 +52,10 @@ pub enum EngineError {
     /// RocksDB's class of error only: its text can quote keys.
     #[error("the tenant's engine failed: {0:?}")]
     RocksDb(rocksdb::ErrorKind),
+    #[error(
+        "a file of the tenant's engine is damaged; remove the node's data directory, so that it comes back as a new node"
+    )]
+    Corrupt,
     #[error("a row in the engine is damaged: {0}")]
     Damaged(&'static str),
     #[error(
@@ -64,7 +68,10 @@ pub enum EngineError {
 
 impl From<rocksdb::Error> for EngineError {
     fn from(e: rocksdb::Error) -> Self {
-        EngineError::RocksDb(e.kind())
+        match e.kind() {
+            rocksdb::ErrorKind::Corruption => EngineError::Corrupt,
+            kind => EngineError::RocksDb(kind),
+        }
     }
 }
 

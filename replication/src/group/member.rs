@@ -3,16 +3,16 @@
 //! Invariants. Nothing is acknowledged before a majority has synced it and this node has applied
 //! it. A fenced group (its chain was closed by a restore) neither writes nor leads. The log is
 //! purged only behind this node's own durable checkpoint and the archived index, whichever is
-//! less.
+//! less; over the cap of the node's log, behind the checkpoint alone.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kms::TenantKeys;
-use openraft::async_runtime::WatchReceiver;
+use openraft::async_runtime::{Instant as _, WatchReceiver};
 use openraft::raft::SnapshotResponse;
 use openraft::{BasicNode, Config, Raft, SnapshotPolicy};
 use parking_lot::Mutex;
@@ -21,10 +21,10 @@ use thiserror::Error;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::network::Network;
+use super::network::{Network, ask_member};
 use super::propose::{ProposeError, Proposer};
-use super::read::Reads;
-use super::replica::ReplicaDir;
+use super::read::{Reads, is_current};
+use super::replica::{ReplicaDir, is_fenced, is_quarantined, open_files};
 use super::state_machine::{Replica, SnapshotDir, StateMachine};
 use super::types::{SnapshotMeta, TypeConfig, Vote};
 use crate::GroupId;
@@ -33,8 +33,8 @@ use crate::command::EntryCodec;
 use crate::engine::{Budget, Engine, EngineError};
 use crate::log::{LogReader, NodeLog};
 use crate::machine::{Machine, State, Store};
-use crate::mvcc::digest::Digests;
-use crate::network::Peers;
+use crate::mvcc::digest::{Digests, Hasher};
+use crate::network::{Peers, Service};
 use crate::proto::command::{Command, Reply};
 
 /// Heartbeats are one per group: at 500 ms, 200 idle groups cost 5% of a core.
@@ -44,6 +44,10 @@ const ELECTION_MS: (u64, u64) = (1500, 2500);
 /// A checkpoint is made when this much was written since the last one.
 const CHECKPOINT_BYTES: u64 = 64 << 20;
 const MAINTENANCE: Duration = Duration::from_secs(1);
+/// How long another member may take to hear that the group has ended.
+const TELL_FENCED: Duration = Duration::from_secs(2);
+/// A scan that is ahead of its rate by this much sleeps.
+const SCAN_STEP: Duration = Duration::from_millis(20);
 /// Digests kept to compare with other replicas'.
 const RECENT_DIGESTS: usize = 512;
 
@@ -55,6 +59,21 @@ pub enum GroupError {
     Io { path: String, cause: std::io::Error },
     #[error("group {group}: {cause}")]
     Raft { group: GroupId, cause: String },
+    #[error("group {0} was restored elsewhere: this copy has stopped for good")]
+    Fenced(GroupId),
+    #[error(
+        "this node's replica of group {0} is damaged: remove the node's data directory, so that it comes back as a new node"
+    )]
+    Quarantined(GroupId),
+}
+
+/// What a scan of a replica found.
+#[derive(Debug, Error)]
+pub enum ScanError {
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error("its rows do not have its digest at revision {0}")]
+    Digest(i64),
 }
 
 /// What a group is opened with.
@@ -71,6 +90,8 @@ pub struct GroupConfig {
     pub rpo_zero: bool,
     /// Writes are refused while fewer members vote: a majority of the placement.
     pub min_voters: usize,
+    /// Above this the node's log is purged although it is not archived.
+    pub max_log_bytes: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,6 +124,12 @@ pub struct GroupStatus {
     pub fenced: bool,
 }
 
+/// A checkpoint: where it stands, and its files, open.
+pub struct Checkpoint {
+    pub state: State,
+    pub files: Vec<(String, std::fs::File)>,
+}
+
 /// What the parts of a group share.
 pub struct Shared {
     pub raft: Raft<TypeConfig, StateMachine>,
@@ -118,17 +145,24 @@ pub struct Shared {
     archived_out: Arc<AtomicU64>,
     min_voters: usize,
     fenced: AtomicBool,
+    quarantined: AtomicBool,
+    /// The term in which this node's archiver has looked whether the chain is closed.
+    cleared: AtomicU64,
 }
 
 impl Shared {
     pub fn may_write(&self) -> bool {
         let metrics = self.raft.metrics();
-        let voters = metrics
-            .borrow_watched()
-            .membership_config
-            .voter_ids()
-            .count();
-        !self.fenced.load(Ordering::Acquire) && voters >= self.min_voters
+        let metrics = metrics.borrow_watched();
+        let voters = metrics.membership_config.voter_ids().count();
+        !self.fenced.load(Ordering::Acquire)
+            && voters >= self.min_voters
+            && self.cleared.load(Ordering::Acquire) >= metrics.current_term
+    }
+
+    /// Lets this node write as the leader of `term`: its chain was looked at, or cannot be.
+    pub fn clear_writes(&self, term: u64) {
+        self.cleared.fetch_max(term, Ordering::AcqRel);
     }
 
     /// The leader's id and address, as this node knows it.
@@ -217,6 +251,12 @@ impl Group {
             cause,
         };
         let raft_error = |cause: String| GroupError::Raft { group: id, cause };
+        if is_fenced(&given.dir) {
+            return Err(GroupError::Fenced(id));
+        }
+        if is_quarantined(&given.dir) {
+            return Err(GroupError::Quarantined(id));
+        }
         let dir = ReplicaDir::open(&given.dir).map_err(io)?;
         let path = dir.engine().map_err(io)?;
         let (keys, budget) = (given.keys.clone(), given.budget.clone());
@@ -266,6 +306,8 @@ impl Group {
             archived_out,
             min_voters: given.min_voters,
             fenced: AtomicBool::new(false),
+            quarantined: AtomicBool::new(false),
+            cleared: AtomicU64::new(0),
         });
         let group = Arc::new(Group {
             proposer: Proposer::start(shared.clone()),
@@ -278,7 +320,7 @@ impl Group {
             shared: shared.clone(),
         });
         group.spawn(watch_applied(shared.clone(), group.recent.clone()));
-        group.spawn(maintain(shared));
+        group.spawn(maintain(shared, given.max_log_bytes));
         Ok(group)
     }
 
@@ -323,6 +365,20 @@ impl Group {
     /// Returns once this replica holds everything acknowledged before the call.
     pub async fn read_barrier(&self) -> Result<(), ProposeError> {
         self.reads.barrier().await
+    }
+
+    /// Whether this replica has applied everything that was committed before the call. Unlike the
+    /// read barrier of a tenant with RPO 0 it does not need the bucket.
+    pub async fn is_current(&self) -> bool {
+        is_current(&self.shared).await
+    }
+
+    /// Whether the group was ever formed, as far as this replica knows.
+    pub async fn is_formed(&self) -> Result<bool, GroupError> {
+        self.raft()
+            .is_initialized()
+            .await
+            .map_err(|e| self.error(e))
     }
 
     /// Forms the group with these members, once, on one of them. Forming it again is no error.
@@ -423,12 +479,26 @@ impl Group {
         self.shared.note_archived(index);
     }
 
-    /// Ends writing and leading for good: the chain was closed.
+    /// Ends this group for good, here and on the other members: the chain was closed.
     pub async fn fence(&self) {
-        if !self.shared.fenced.swap(true, Ordering::AcqRel) {
-            tracing::error!(group = %self.id(), "the tenant's chain was closed by a restore: this group stops serving");
-            let _ = self.raft().shutdown().await;
+        if self.shared.fenced.swap(true, Ordering::AcqRel) {
+            return;
         }
+        tracing::error!(group = %self.id(), "the tenant's chain was closed by a restore: this group stops serving");
+        if let Err(e) = self.replica.dir.fence() {
+            tracing::error!(group = %self.id(), error = %e, "the end of this group is not recorded: it is found out again after a restart");
+        }
+        let metrics = self.raft().metrics().borrow_watched().clone();
+        let own = self.shared.peers.own_id();
+        for (id, node) in metrics.membership_config.membership().nodes() {
+            let member = (*id, node.addr.as_str());
+            if *id != own {
+                // Who does not hear it meets the closed chain before it first writes as a leader.
+                let (peers, group) = (&self.shared.peers, self.id());
+                let _ = ask_member(peers, member, Service::Fence, group, &[], TELL_FENCED).await;
+            }
+        }
+        let _ = self.raft().shutdown().await;
     }
 
     pub fn is_fenced(&self) -> bool {
@@ -439,15 +509,55 @@ impl Group {
         self.raft().is_leader()
     }
 
-    /// The newest checkpoint here: its state and where it lies.
-    pub fn checkpoint(&self) -> Option<(State, PathBuf)> {
-        let found = self.replica.dir.snapshot().ok()??;
-        Some((found.state, found.dir))
+    /// The newest checkpoint here, if there is one.
+    pub fn checkpoint(&self) -> std::io::Result<Option<Checkpoint>> {
+        let Some(found) = self.replica.dir.snapshot()? else {
+            return Ok(None);
+        };
+        Ok(Some(Checkpoint {
+            state: found.state,
+            files: open_files(&found.dir)?,
+        }))
     }
 
     /// Asks for a checkpoint; it is made in the background.
     pub async fn make_checkpoint(&self) {
         let _ = self.raft().trigger().snapshot().await;
+    }
+
+    /// Counts the digests anew from every row, reading at most `rate` bytes a second, and compares
+    /// them with the running ones of the same moment. Blocking.
+    pub fn scan(&self, rate: u64) -> Result<(), ScanError> {
+        let hasher = Hasher::new(&self.keys);
+        let (started, mut read) = (Instant::now(), 0u64);
+        let pace = |bytes: usize| {
+            read += bytes as u64;
+            let due = Duration::from_secs_f64(read as f64 / rate as f64);
+            let ahead = due.saturating_sub(started.elapsed());
+            // In steps that are worth a sleep.
+            if ahead > SCAN_STEP {
+                std::thread::sleep(ahead);
+            }
+        };
+        let (found, state) = self.store().scan_digests(&hasher, pace)?;
+        match found == state.digests {
+            true => Ok(()),
+            false => Err(ScanError::Digest(state.revision)),
+        }
+    }
+
+    /// Ends this replica, which is damaged: it comes back as a new one, from its peers.
+    pub async fn quarantine(&self) {
+        tracing::error!(group = %self.id(), "ALARM: this replica is damaged and stops; remove the node's data directory, so that it comes back as a new node");
+        if let Err(e) = self.replica.dir.quarantine() {
+            tracing::error!(group = %self.id(), error = %e, "the quarantine is not recorded: the damage is found again after a restart");
+        }
+        self.shared.quarantined.store(true, Ordering::Release);
+        let _ = self.raft().shutdown().await;
+    }
+
+    pub fn is_quarantined(&self) -> bool {
+        self.shared.quarantined.load(Ordering::Acquire)
     }
 
     /// Digests of recent positions, oldest first.
@@ -463,7 +573,9 @@ impl Group {
         let metrics = self.raft().metrics().borrow_watched().clone();
         let state = self.store().state();
         let role = match metrics.state {
-            openraft::ServerState::Leader => Role::Leader,
+            openraft::ServerState::Leader if has_quorum(&metrics) => Role::Leader,
+            // It leads in name only: it can neither commit nor confirm a read.
+            openraft::ServerState::Leader => Role::Candidate,
             openraft::ServerState::Follower => Role::Follower,
             openraft::ServerState::Candidate => Role::Candidate,
             openraft::ServerState::Learner => Role::Learner,
@@ -479,7 +591,10 @@ impl Group {
             group: self.id(),
             role,
             term: metrics.current_term,
-            leader: metrics.current_leader,
+            leader: match role {
+                Role::Candidate => None,
+                _ => metrics.current_leader,
+            },
             voters: membership.voter_ids().collect(),
             learners: membership.learner_ids().collect(),
             applied: state.applied.map_or(0, |at| at.index),
@@ -509,6 +624,15 @@ impl Group {
     }
 }
 
+/// Whether a majority answered this leader within the election time-out. Before its first round it
+/// is given the benefit of the doubt.
+fn has_quorum(metrics: &openraft::RaftMetrics<TypeConfig>) -> bool {
+    let limit = Duration::from_millis(ELECTION_MS.1);
+    let acked = metrics.last_quorum_acked.as_ref();
+    let alone = metrics.membership_config.voter_ids().count() == 1;
+    alone || acked.is_none_or(|at| at.elapsed() <= limit)
+}
+
 /// Feeds the ledger and the recent digests.
 async fn watch_applied(shared: Arc<Shared>, recent: Arc<Mutex<VecDeque<(u64, Digests)>>>) {
     let mut applied = shared.store.watch();
@@ -527,7 +651,7 @@ async fn watch_applied(shared: Arc<Shared>, recent: Arc<Mutex<VecDeque<(u64, Dig
 }
 
 /// Makes checkpoints as the log grows, and purges the log behind checkpoint and archive.
-async fn maintain(shared: Arc<Shared>) {
+async fn maintain(shared: Arc<Shared>, max_log_bytes: u64) {
     let mut at_checkpoint: Option<u64> = None;
     loop {
         tokio::time::sleep(MAINTENANCE).await;
@@ -540,8 +664,15 @@ async fn maintain(shared: Arc<Shared>) {
         let metrics = shared.raft.metrics().borrow_watched().clone();
         let snapshot = metrics.snapshot.map_or(0, |id| id.index);
         let purged = metrics.purged.map_or(0, |id| id.index);
-        let behind = snapshot.min(shared.archived());
+        let archived = shared.archived();
+        let behind = match shared.log.disk_bytes() > max_log_bytes {
+            true => snapshot,
+            false => snapshot.min(archived),
+        };
         if behind > purged {
+            if behind > archived {
+                tracing::error!(group = %shared.group, from = archived + 1, to = behind, "ALARM: the log is over its cap and the bucket is behind: entries are purged unarchived, and no moment among them can be restored");
+            }
             let _ = shared.raft.trigger().purge_log(behind).await;
         }
     }

@@ -14,6 +14,6 @@ mod state_machine;
 mod suite;
 pub mod types;
 
-pub use member::{Group, GroupConfig, GroupError, GroupStatus, Role};
+pub use member::{Checkpoint, Group, GroupConfig, GroupError, GroupStatus, Role, ScanError};
 pub use propose::ProposeError;
 pub use registry::{DaemonCalls, Groups};

@@ -20,6 +20,25 @@ const LIMIT: Duration = Duration::from_secs(7);
 const RETRY: Duration = Duration::from_millis(25);
 
 type Waiter = oneshot::Sender<Result<(), ProposeError>>;
+/// How long a barrier may take that does not wait for the archive.
+const CURRENT: Duration = Duration::from_secs(2);
+
+/// Returns whether this replica has applied everything that was committed before the call, be it
+/// archived or not.
+pub(super) async fn is_current(shared: &Shared) -> bool {
+    match position(shared).await {
+        Some(index) => shared.wait_applied(index, CURRENT).await,
+        None => false,
+    }
+}
+
+/// The index to wait for, from the leader.
+async fn position(shared: &Shared) -> Option<u64> {
+    match shared.raft.is_leader() {
+        true => read_index(shared).await,
+        false => ask_leader(shared).await,
+    }
+}
 
 #[derive(Clone)]
 pub struct Reads {
@@ -55,11 +74,7 @@ impl Reads {
 async fn barrier(shared: &Shared) -> Result<(), ProposeError> {
     let deadline = tokio::time::Instant::now() + LIMIT;
     loop {
-        let index = match shared.raft.is_leader() {
-            true => read_index(shared).await,
-            false => ask_leader(shared).await,
-        };
-        if let Some(index) = index {
+        if let Some(index) = position(shared).await {
             let left = deadline.saturating_duration_since(tokio::time::Instant::now());
             let archived = !shared.rpo_zero || shared.wait_archived(index, left).await;
             if archived && shared.wait_applied(index, left).await {

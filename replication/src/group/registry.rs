@@ -136,6 +136,10 @@ impl Handler for Groups {
             }
             Service::Propose => propose::serve(group.proposer(), body).await,
             Service::ReadIndex => read::serve(group.shared()).await,
+            Service::Fence => {
+                group.fence().await;
+                Ok(Bytes::new())
+            }
             Service::Daemon => Err("not a group's service".into()),
         }
     }

@@ -1,7 +1,8 @@
 //! The directory of one replica.
 //!
 //! `engine-N/`: RocksDB; `ENGINE`: the number of the one in use; `snapshot/` and `snapshot.json`:
-//! the newest checkpoint, which is the Raft snapshot; `incoming-*`: what is being received.
+//! the newest checkpoint, which is the Raft snapshot; `incoming-*`: what is being received or removed; `FENCED`: the chain was
+//! closed by a restore; `DAMAGED`: a scan found it so.
 //!
 //! Invariants. A new engine is complete and synced before `ENGINE` names it, by a rename: a crash
 //! at any moment leaves the old one or the new one in use. What nothing names is removed at start.
@@ -16,6 +17,19 @@ use serde::{Deserialize, Serialize};
 use super::types::SnapshotMeta;
 use crate::engine::link_dir;
 use crate::machine::State;
+
+const FENCED: &str = "FENCED";
+const DAMAGED: &str = "DAMAGED";
+
+/// Whether the replica in `path` was found damaged.
+pub fn is_quarantined(path: &Path) -> bool {
+    path.join(DAMAGED).exists()
+}
+
+/// Whether the replica in `path` has met the end of its chain.
+pub fn is_fenced(path: &Path) -> bool {
+    path.join(FENCED).exists()
+}
 
 pub struct ReplicaDir {
     path: PathBuf,
@@ -116,10 +130,25 @@ impl ReplicaDir {
         let bytes = serde_json::to_vec(&stored).map_err(io::Error::other)?;
         write_private(&self.path.join("snapshot.json"), &bytes)?;
         if let Some(before) = before.filter(|b| *b != target) {
-            // A sender may be reading it: its open files outlive the names.
-            let _ = fs::remove_dir_all(before);
+            // Whoever is opening its files sees that the name is gone, not that a file is.
+            let gone = self.scratch(&format!("gone-{tag}"));
+            fs::rename(before, &gone)?;
+            let _ = fs::remove_dir_all(gone);
         }
         Ok(target)
+    }
+
+    /// Notes that this replica is damaged: it is never opened again.
+    pub fn quarantine(&self) -> io::Result<()> {
+        write_private(
+            &self.path.join(DAMAGED),
+            b"its rows do not have its digest\n",
+        )
+    }
+
+    /// Notes that the chain was closed by a restore: this replica never serves again.
+    pub fn fence(&self) -> io::Result<()> {
+        write_private(&self.path.join(FENCED), b"closed by a restore\n")
     }
 
     /// The newest snapshot.
@@ -142,6 +171,21 @@ impl ReplicaDir {
             state: State::decode(&state)?,
             dir,
         }))
+    }
+}
+
+/// Opens every file of a snapshot's directory. A snapshot is renamed before its files go, so that
+/// they are all there if its name still is once they are open.
+pub fn open_files(dir: &Path) -> io::Result<Vec<(String, File)>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        files.push((name, File::open(entry.path())?));
+    }
+    match dir.is_dir() {
+        true => Ok(files),
+        false => Err(io::Error::other("a newer snapshot took its place")),
     }
 }
 

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use serde::{Deserialize, Serialize};
 
+use super::replica::open_files;
 use super::types::{SnapshotMeta, Vote};
 use crate::GroupId;
 use crate::network::{CallError, Connection, Service};
@@ -70,17 +71,8 @@ pub async fn send(
     )
     .await?;
     let mut files = BTreeMap::new();
-    let mut opened = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(local)? {
-        let entry = entry.map_err(local)?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        // All are opened first: a newer snapshot may remove the names meanwhile.
-        opened.push((
-            name,
-            Arc::new(std::fs::File::open(entry.path()).map_err(local)?),
-        ));
-    }
-    for (name, file) in opened {
+    for (name, file) in open_files(dir).map_err(local)? {
+        let file = Arc::new(file);
         let length = file.metadata().map_err(local)?.len();
         let mut hasher = blake3::Hasher::new();
         let chunks = (0..length.div_ceil(CHUNK as u64)).map(|n| n * CHUNK as u64);

@@ -49,6 +49,8 @@ pub enum Service {
     ReadIndex = 9,
     /// Questions of the daemon above the groups.
     Daemon = 10,
+    /// The group's chain was closed by a restore.
+    Fence = 11,
 }
 
 impl Service {
@@ -65,6 +67,7 @@ impl Service {
             Propose,
             ReadIndex,
             Daemon,
+            Fence,
         ]
         .into_iter()
         .find(|s| *s as u8 == code)

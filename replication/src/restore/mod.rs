@@ -42,6 +42,16 @@ pub enum RestoreError {
         found: u64,
         known: u64,
     },
+    #[error(
+        "object {object}: entries {from} to {to} before it are in no link: they were purged before they were archived, and no moment between can be restored"
+    )]
+    Gap { object: String, from: u64, to: u64 },
+    #[error("object {object}: the state after it is at {found}, it says {wanted}")]
+    Position {
+        object: String,
+        found: String,
+        wanted: String,
+    },
     #[error("nothing of group {0} is in the bucket")]
     Nothing(GroupId),
     #[error(
@@ -87,19 +97,17 @@ pub struct Restored {
 }
 
 /// Closes the chain of `plan`, so that no further link can be made, and takes in what an old
-/// leader added meanwhile.
+/// leader added meanwhile. Answers the group that goes on after it.
 pub async fn close(chain: &Chain, plan: &mut Plan, restore: &str) -> Result<GroupId, RestoreError> {
     let next = plan.group.incarnation + 1;
     loop {
         let tail = plan.tail();
+        // Another restore that came no further may be dead: whoever opens the next chain wins.
         if let Some(closed) = tail.closed() {
-            return match closed.restore == restore {
-                true => Ok(GroupId {
-                    incarnation: closed.incarnation,
-                    ..plan.group
-                }),
-                false => Err(RestoreError::Lost(closed.incarnation)),
-            };
+            return Ok(GroupId {
+                incarnation: closed.incarnation,
+                ..plan.group
+            });
         }
         let header = Header {
             group: plan.group,

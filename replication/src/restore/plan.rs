@@ -67,9 +67,15 @@ pub async fn newest(chain: &Chain, known: u64) -> Result<Plan, RestoreError> {
             known,
         });
     }
-    // The newest manifest that reads is the base; an older one serves when it does not.
+    // The newest manifest that reads is the base; an older one serves when it does not. Of two at
+    // one link the one that stands further on counts: it may bridge a gap.
     let mut manifest: Option<Manifest> = None;
     for path in checkpoint::list(chain.bucket(), group).await? {
+        if let Some(found) = &manifest
+            && checkpoint::link_of(&path) != Some(found.link)
+        {
+            break;
+        }
         let refuse = |what: String| RestoreError::Object {
             object: path.to_string(),
             what,
@@ -82,8 +88,10 @@ pub async fn newest(chain: &Chain, known: u64) -> Result<Plan, RestoreError> {
         let bytes = got.bytes().await.map_err(|e| refuse(e.to_string()))?;
         match checkpoint::decode(chain.key(), group, &bytes) {
             Ok(found) => {
-                manifest = Some(found);
-                break;
+                let further = |m: &Manifest| m.position.index < found.position.index;
+                if manifest.as_ref().is_none_or(further) {
+                    manifest = Some(found);
+                }
             }
             Err(e) => {
                 tracing::error!(object = %path, error = %e, "a checkpoint's manifest is refused; an older one is used")

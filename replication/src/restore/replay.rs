@@ -7,7 +7,6 @@ use kms::TenantKeys;
 
 use super::plan::Plan;
 use super::{Progress, REVISION_JUMP, Report, RestoreError, Restored, io};
-use crate::GroupId;
 use crate::archive::bucket::link_path;
 use crate::archive::link::Link;
 use crate::command::EntryCodec;
@@ -16,6 +15,7 @@ use crate::group::replica::sync_dir;
 use crate::group::types::{decode_entry, machine_entry};
 use crate::machine::{Machine, State, Store};
 use crate::mvcc::digest::Hasher;
+use crate::{GroupId, Position};
 
 /// Replays `plan` on the engine in `dir/engine`, verifies it, makes it incarnation `group`.
 pub fn run(
@@ -30,6 +30,7 @@ pub fn run(
     tokio::task::block_in_place(|| {
         let engine = Engine::open(&dir.join("engine"), keys.clone(), &budget)?;
         let store = Arc::new(Store::open(engine)?);
+        check_manifest(plan, &store.state())?;
         let mut done = 0;
         replay(plan, &store, &keys, &report, &mut done, plan.total_links())?;
         verify(plan, &store, &keys)?;
@@ -47,6 +48,26 @@ pub fn run(
             state,
         })
     })
+}
+
+/// The files of a checkpoint must stand where its manifest says.
+fn check_manifest(plan: &Plan, state: &State) -> Result<(), RestoreError> {
+    let Some(manifest) = &plan.manifest else {
+        return Ok(());
+    };
+    let stands = (state.applied, state.revision, state.digests);
+    match stands == (Some(manifest.position), manifest.revision, manifest.digests) {
+        true => Ok(()),
+        false => Err(RestoreError::Position {
+            object: format!("the checkpoint at link {}", manifest.link),
+            found: at(state.applied),
+            wanted: manifest.position.to_string(),
+        }),
+    }
+}
+
+fn at(position: Option<Position>) -> String {
+    position.map_or_else(|| "the beginning".into(), |at| at.to_string())
 }
 
 fn replay(
@@ -94,17 +115,40 @@ fn apply(
             entries.push(entry);
         }
     }
+    let next = applied.map_or(0, |at| at.index + 1);
+    let first = entries.first().map(|entry| entry.position.index);
+    // A link without entries either repeats where the one before it ended, or stands for a gap.
+    let first = first.or(link.header.last.map(|at| at.index + 1));
+    if let Some(first) = first.filter(|first| *first > next) {
+        return Err(RestoreError::Gap {
+            object: object(),
+            from: next,
+            to: first - 1,
+        });
+    }
     if !entries.is_empty() {
         machine.apply(entries)?;
     }
     let state = store.state();
+    let Some(last) = link.header.last else {
+        return Ok(());
+    };
+    // The checkpoint that replay began from may stand further on.
+    if state.applied.is_some_and(|at| at.index > last.index) {
+        return Ok(());
+    }
+    if state.applied != Some(last) {
+        return Err(RestoreError::Position {
+            object: object(),
+            found: at(state.applied),
+            wanted: last.to_string(),
+        });
+    }
     match &link.header.state {
-        Some(wanted) if state.applied == link.header.last && wanted.digests != state.digests => {
-            Err(RestoreError::Digest {
-                found: state.digests.keys,
-                wanted: wanted.digests.keys,
-            })
-        }
+        Some(wanted) if wanted.digests != state.digests => Err(RestoreError::Digest {
+            found: state.digests.keys,
+            wanted: wanted.digests.keys,
+        }),
         _ => Ok(()),
     }
 }
