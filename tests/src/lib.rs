@@ -1,7 +1,11 @@
 //! What tests, demo and benchmarks share: regions of real processes, test servers, a load.
 
 pub mod debian;
+pub mod forgetful;
+pub mod history;
 pub mod linear;
+pub mod netns;
+pub mod proxy;
 pub mod region;
 pub mod servers;
 

@@ -15,12 +15,16 @@ use kms::Region as Jurisdiction;
 use kms::local::Keyfile;
 use replication::archive::bucket::BucketConfig;
 
+use crate::netns::Network;
+
 pub const PASSWORD: &str = "correct horse";
 
 /// One daemon process.
 pub struct NodeProcess {
     pub config: NodeConfig,
     pub file: PathBuf,
+    /// Put before the daemon's command line, such as `fiu-run -x`.
+    pub wrapper: Vec<String>,
     child: Option<Child>,
 }
 
@@ -67,8 +71,6 @@ pub struct Region {
     pub nodes: Vec<NodeProcess>,
     /// Set before every start.
     pub environment: Vec<(String, String)>,
-    /// Put before the daemon's command line, such as `fiu-run -x`.
-    pub wrapper: Vec<String>,
 }
 
 impl Drop for Region {
@@ -98,8 +100,16 @@ impl Region {
     }
 
     pub fn with_bucket(dir: tempfile::TempDir, bucket: BucketConfig) -> Result<Self> {
+        Self::in_jurisdiction(Jurisdiction::Eu, dir, bucket)
+    }
+
+    pub fn in_jurisdiction(
+        jurisdiction: Jurisdiction,
+        dir: tempfile::TempDir,
+        bucket: BucketConfig,
+    ) -> Result<Self> {
         let files = lay_out(&Layout {
-            region: Jurisdiction::Eu,
+            region: jurisdiction,
             dir: dir.path().to_path_buf(),
             nodes: 3,
             first_port: 0,
@@ -115,6 +125,7 @@ impl Region {
             Ok(NodeProcess {
                 config,
                 file,
+                wrapper: Vec::new(),
                 child: None,
             })
         };
@@ -122,8 +133,40 @@ impl Region {
             nodes: files.into_iter().map(node).collect::<Result<_>>()?,
             dir,
             environment: Vec::new(),
-            wrapper: Vec::new(),
         })
+    }
+
+    /// Changes the nodes' configurations before they start.
+    pub fn configure(&mut self, change: impl Fn(usize, &mut NodeConfig)) -> Result<()> {
+        for (n, node) in self.nodes.iter_mut().enumerate() {
+            change(n, &mut node.config);
+            std::fs::write(&node.file, toml::to_string(&node.config)?)?;
+        }
+        let mut operator = self.operator()?;
+        operator.endpoints = self.nodes.iter().map(|n| n.config.admin_address).collect();
+        let file = self.dir.path().join("operator.toml");
+        Ok(std::fs::write(file, toml::to_string(&operator)?)?)
+    }
+
+    /// Puts each node in a network namespace of its own.
+    pub fn move_into(&mut self, network: &Network) -> Result<()> {
+        let ports = |a: &SocketAddr| a.port();
+        let peers: Vec<SocketAddr> = self
+            .nodes
+            .iter()
+            .enumerate()
+            .map(|(n, node)| SocketAddr::new(network.ip(n), ports(&node.config.peer_address)))
+            .collect();
+        self.configure(|n, config| {
+            config.peer_address = peers[n];
+            config.client_address.set_ip(network.ip(n));
+            config.admin_address.set_ip(network.ip(n));
+            config.peers.clone_from(&peers);
+        })?;
+        for (n, node) in self.nodes.iter_mut().enumerate() {
+            node.wrapper = network.wrapper(n);
+        }
+        Ok(())
     }
 
     /// Starts all nodes and waits until they serve.
@@ -155,7 +198,7 @@ impl Region {
         let node = &mut self.nodes[n];
         ensure!(node.child.is_none(), "node {n} runs already");
         let daemon = crate::binary("holdfastd");
-        let mut command = match self.wrapper.split_first() {
+        let mut command = match node.wrapper.split_first() {
             Some((program, arguments)) => {
                 let mut command = Command::new(program);
                 command.args(arguments).arg(daemon);
@@ -250,8 +293,21 @@ impl Region {
         rpo_ms: u64,
         rto_ms: u64,
     ) -> Result<()> {
-        self.create_tenant_with(name, tier, rpo_ms, rto_ms, &format!("local:{name}"))
+        self.create_tenant_with(name, tier, rpo_ms, rto_ms, &format!("local:{name}"), "app")
             .await
+    }
+
+    /// Creates an enhanced tenant whose first user has this name.
+    pub async fn create_tenant_of(&self, name: &str, rpo_ms: u64, user: &str) -> Result<()> {
+        self.create_tenant_with(
+            name,
+            "enhanced",
+            rpo_ms,
+            60_000,
+            &format!("local:{name}"),
+            user,
+        )
+        .await
     }
 
     pub async fn create_tenant_with(
@@ -261,6 +317,7 @@ impl Region {
         rpo_ms: u64,
         rto_ms: u64,
         key: &str,
+        user: &str,
     ) -> Result<()> {
         let mut client = self
             .operator()?
@@ -273,7 +330,7 @@ impl Region {
             rpo_ms,
             rto_ms,
             key: key.into(),
-            user: "app".into(),
+            user: user.into(),
             password: PASSWORD.into(),
             quota_bytes: 0,
         };
@@ -346,6 +403,30 @@ impl Region {
                 tenant.applied
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Waits until all three replicas stand at one revision with one digest.
+    pub async fn same_everywhere(&self, name: &str) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let mut seen = Vec::new();
+            for n in 0..self.nodes.len() {
+                let tenant = self.tenant(n, name).await;
+                seen.push(tenant.map(|t| (t.revision, t.digest, t.problem, t.voters.len())));
+            }
+            let same = seen.iter().all(|s| match (s, &seen[0]) {
+                (Ok(s), Ok(first)) => s == first && s.2.is_empty() && s.3 == self.nodes.len(),
+                _ => false,
+            });
+            if same {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the replicas of {name} differ: {seen:?}"
+            );
+            tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
 

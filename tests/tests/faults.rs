@@ -2,115 +2,20 @@
 //! a canary for plaintext, and histories checked for linearizability.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use etcd_client::{Client, Compare, CompareOp, Txn, TxnOp};
-use holdfast_tests::linear::{Call, Operation, check};
+use holdfast_tests::history::Clients;
 use holdfast_tests::region::{Region, files_below};
-use parking_lot::Mutex;
 use rand::Rng;
-
-const KEYS: usize = 6;
-const CLIENTS: usize = 6;
-
-fn number(bytes: &[u8]) -> Option<u64> {
-    std::str::from_utf8(bytes).ok()?.parse().ok()
-}
-
-/// One client's operations on random keys, recorded, until told to stop.
-async fn work(
-    mut client: Client,
-    clock: Arc<AtomicU64>,
-    next: Arc<AtomicU64>,
-    stop: Arc<AtomicBool>,
-    histories: Arc<Vec<Mutex<Vec<Call>>>>,
-) {
-    while !stop.load(Ordering::Relaxed) {
-        let n = rand::rng().random_range(0..KEYS);
-        let key = format!("register/{n}");
-        let fresh = next.fetch_add(1, Ordering::Relaxed);
-        let start = clock.fetch_add(1, Ordering::SeqCst);
-        let kind = rand::rng().random_range(0..10);
-        let (operation, known) = match kind {
-            0..4 => {
-                let answer = client.get(key, None).await;
-                match answer {
-                    Ok(found) => (
-                        Operation::Read(found.kvs().first().and_then(|kv| number(kv.value()))),
-                        true,
-                    ),
-                    // Nothing is learned from a read that failed.
-                    Err(_) => {
-                        tokio::time::sleep(Duration::from_millis(20)).await;
-                        continue;
-                    }
-                }
-            }
-            4..7 => {
-                let known = client.put(key, fresh.to_string(), None).await.is_ok();
-                (Operation::Put(fresh), known)
-            }
-            7 => (Operation::Delete, client.delete(key, None).await.is_ok()),
-            _ => {
-                let expected = histories[n]
-                    .lock()
-                    .iter()
-                    .rev()
-                    .find_map(|c| match c.operation {
-                        Operation::Put(v) if c.end.is_some() => Some(v),
-                        _ => None,
-                    });
-                let Some(expected) = expected else { continue };
-                let txn = Txn::new()
-                    .when([Compare::value(
-                        key.clone(),
-                        CompareOp::Equal,
-                        expected.to_string(),
-                    )])
-                    .and_then([TxnOp::put(key, fresh.to_string(), None)]);
-                match client.txn(txn).await {
-                    Ok(answer) => (
-                        Operation::Swap(Some(expected), fresh, Some(answer.succeeded())),
-                        true,
-                    ),
-                    Err(_) => (Operation::Swap(Some(expected), fresh, None), false),
-                }
-            }
-        };
-        let end = clock.fetch_add(1, Ordering::SeqCst);
-        let call = Call {
-            start,
-            end: known.then_some(end),
-            operation,
-        };
-        histories[n].lock().push(call);
-        // Bounds how many calls overlap, and with them the check.
-        tokio::time::sleep(Duration::from_millis(if known { 40 } else { 200 })).await;
-    }
-}
 
 /// Rows 1, 2, 3 and 7: leaders and followers are killed and paused under concurrent clients.
 #[tokio::test(flavor = "multi_thread")]
 async fn histories_are_linearizable_through_kills_and_pauses() -> Result<()> {
     let mut region = Region::started().await?;
     region.create_tenant("acme", "standard", 0, 0).await?;
-    let (clock, next) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(1)));
-    let stop = Arc::new(AtomicBool::new(false));
-    let histories: Arc<Vec<Mutex<Vec<Call>>>> =
-        Arc::new((0..KEYS).map(|_| Mutex::default()).collect());
-    let mut clients = tokio::task::JoinSet::new();
-    for n in 0..CLIENTS {
-        let client = region.client_at("acme", &[n % 3]).await?;
-        clients.spawn(work(
-            client,
-            clock.clone(),
-            next.clone(),
-            stop.clone(),
-            histories.clone(),
-        ));
-    }
+    let clients = Clients::start(&region, "acme").await?;
     for round in 0..4 {
         tokio::time::sleep(Duration::from_millis(1500)).await;
         let leader = region.leader("acme").await?;
@@ -127,34 +32,9 @@ async fn histories_are_linearizable_through_kills_and_pauses() -> Result<()> {
         }
     }
     tokio::time::sleep(Duration::from_secs(3)).await;
-    stop.store(true, Ordering::Relaxed);
-    while clients.join_next().await.is_some() {}
-    let mut calls = 0;
-    for (n, history) in histories.iter().enumerate() {
-        let mut history = history.lock().clone();
-        calls += history.len();
-        ensure!(
-            check(&history),
-            "register/{n} is not linearizable: {history:?}"
-        );
-        // The control: one falsified answer must be found.
-        history.sort_by_key(|c| c.start);
-        if let Some(read) = history
-            .iter_mut()
-            .find(|c| matches!(c.operation, Operation::Read(_)))
-        {
-            read.operation = Operation::Read(Some(u64::MAX));
-            let end = read.end;
-            // What came later explains nothing.
-            history.retain(|c| Some(c.start) < end);
-            ensure!(
-                !check(&history),
-                "register/{n}: a falsified read was not found"
-            );
-        }
-    }
+    let calls = clients.check().await?;
     ensure!(calls > 300, "only {calls} calls were made");
-    println!("{calls} calls on {KEYS} registers are linearizable");
+    println!("{calls} calls are linearizable");
     Ok(())
 }
 
@@ -237,16 +117,15 @@ async fn a_failing_fsync_stops_the_process() -> Result<()> {
     region.create_tenant("acme", "standard", 0, 0).await?;
     let victim = (region.leader("acme").await? + 1) % 3;
     region.nodes[victim].kill();
-    region.wrapper = [
+    let wrapper = [
         "fiu-run",
         "-x",
         "-c",
         "enable_random name=posix/io/sync/*,probability=0.02",
-    ]
-    .map(String::from)
-    .to_vec();
+    ];
+    region.nodes[victim].wrapper = wrapper.map(String::from).to_vec();
     region.start(victim)?;
-    region.wrapper.clear();
+    region.nodes[victim].wrapper.clear();
     let mut client = region.client_at("acme", &[(victim + 1) % 3]).await?;
     let deadline = Instant::now() + Duration::from_secs(60);
     let mut n = 0;
@@ -300,11 +179,13 @@ async fn the_canary_is_nowhere_in_clear() -> Result<()> {
         }
         region.start_all()?;
         region.serving().await?;
+        let canary = std::str::from_utf8(CANARY)?;
         region
             .create_tenant("acme", "enhanced", 200, 60_000)
             .await?;
+        // A second tenant, whose user is called as the canary.
+        region.create_tenant_of("globex", 200, canary).await?;
         let mut client = region.client("acme").await?;
-        let canary = std::str::from_utf8(CANARY)?;
         // More than a checkpoint's worth, incompressible, so that memtables are flushed.
         let mut filler = vec![0u8; 1 << 20];
         for n in 0..80 {
@@ -316,7 +197,9 @@ async fn the_canary_is_nowhere_in_clear() -> Result<()> {
                 .put(format!("{canary}/{n}"), format!("{canary} {n}"), None)
                 .await?;
         }
-        region.archived("acme").await?;
+        for tenant in ["acme", "globex"] {
+            region.archived(tenant).await?;
+        }
         tokio::time::sleep(Duration::from_secs(5)).await;
         region.kill_all();
         let seen = sightings(&region);

@@ -103,11 +103,11 @@ async fn restores_twice_and_goes_on() -> Result<()> {
     Ok(())
 }
 
-/// Rows 21 and 22: an object that is missing, cut or flipped is refused by name, and the other
-/// tenant is restored all the same.
+/// Rows 21, 22 and 38: an object that is missing, cut, flipped or of a newer format is refused by
+/// name, and the other tenant is restored all the same; the refused one once the object is back.
 #[tokio::test(flavor = "multi_thread")]
 async fn damage_is_refused_by_name_and_others_are_restored() -> Result<()> {
-    for damage in ["missing", "flipped", "cut", "older"] {
+    for damage in ["missing", "flipped", "cut", "older", "newer"] {
         let mut region = filled().await?;
         let id = region.tenant(0, "acme").await?.id;
         region.kill_all();
@@ -118,9 +118,14 @@ async fn damage_is_refused_by_name_and_others_are_restored() -> Result<()> {
             _ => chain.get(chain.len() / 2),
         };
         let victim = victim.unwrap().clone();
-        let mut bytes = std::fs::read(&victim)?;
+        let good = std::fs::read(&victim)?;
+        let mut bytes = good.clone();
         match damage {
             "missing" | "older" => std::fs::remove_file(&victim)?,
+            "newer" => {
+                bytes[4] = 2;
+                std::fs::write(&victim, bytes)?;
+            }
             "flipped" => {
                 let middle = bytes.len() / 2;
                 bytes[middle] ^= 1;
@@ -137,7 +142,20 @@ async fn damage_is_refused_by_name_and_others_are_restored() -> Result<()> {
         let named =
             table.contains(&name) || (damage == "older" && table.contains("the bucket is older"));
         ensure!(named, "{damage}: {name} is not named: {table}");
+        ensure!(
+            damage != "newer" || table.contains("format 2"),
+            "the format is not named: {table}"
+        );
         let mut other = region.client("globex").await?;
+        check(&mut other, 3).await?;
+        // The object is found again: what was refused is restored, and nothing else.
+        std::fs::write(&victim, good)?;
+        let (ok, table) = region.holdfast(&["restore", "region"]).await?;
+        ensure!(ok && table.contains("acme"), "{damage}, again: {table}");
+        ensure!(!table.contains("globex"), "{damage}, again: {table}");
+        let mut client = region.client("acme").await?;
+        check(&mut client, 100).await?;
+        write(&mut client, "again").await?;
         check(&mut other, 3).await?;
     }
     Ok(())
@@ -205,7 +223,165 @@ async fn an_old_region_that_still_runs_is_fenced() -> Result<()> {
     let mut client = new.client("acme").await?;
     check(&mut client, 100).await?;
     write(&mut client, "new").await?;
+    // A restart changes nothing: no node of the old region serves again.
     region.kill_all();
+    region.start_all()?;
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    for n in 0..3 {
+        let taken = old_write(&region, n).await;
+        ensure!(!taken, "node {n} of the old region takes writes again");
+    }
+    check(&mut client, 100).await
+}
+
+async fn old_write(region: &Region, n: usize) -> bool {
+    let within = Duration::from_secs(3);
+    let attempt = async {
+        let mut client = region.client_at("acme", &[n]).await?;
+        client.put("too", "late", None).await?;
+        Ok::<_, anyhow::Error>(())
+    };
+    matches!(tokio::time::timeout(within, attempt).await, Ok(Ok(())))
+}
+
+/// A restore whose node is killed on the way is resumed by the same command; and if its disks are
+/// lost as well, by a restore onto fresh ones.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_that_dies_is_resumed() -> Result<()> {
+    let mut region = filled().await?;
+    for wait_ms in [0, 60, 200] {
+        region.kill_all();
+        region.lose_disks()?;
+        region.start_all()?;
+        region.all_in("awaiting restore").await?;
+        let begun = region.nodes[0].config.data_dir.join("region.json");
+        let dies = async {
+            while !begun.exists() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            tokio::time::sleep(Duration::from_millis(wait_ms)).await;
+        };
+        // What the command says of a node that dies is no matter.
+        tokio::select! {
+            () = dies => {}
+            _ = region.holdfast(&["restore", "region"]) => {}
+        }
+        region.nodes[0].kill();
+        if wait_ms == 60 {
+            continue;
+        }
+        region.start(0)?;
+        region.serving().await?;
+        let (ok, table) = region.holdfast(&["restore", "region"]).await?;
+        ensure!(ok, "{wait_ms} ms: {table}");
+        let mut client = region.client("acme").await?;
+        check(&mut client, 100).await?;
+        write(&mut client, "resumed").await?;
+        check(&mut region.client("globex").await?, 3).await?;
+        for tenant in ["acme", "globex"] {
+            region.archived(tenant).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Row 32: a region is lost; tenants of the enhanced tier come first, and what was contracted and
+/// what was reached stand side by side. Nodes of another jurisdiction are refused (row 31).
+#[tokio::test(flavor = "multi_thread")]
+async fn the_enhanced_tier_comes_first_and_figures_are_recorded() -> Result<()> {
+    let mut region = Region::started().await?;
+    let (keyfile, mut ids) = (region.keyfile(), Vec::new());
+    for (name, tier) in [
+        ("s1", "standard"),
+        ("e1", "enhanced"),
+        ("s2", "standard"),
+        ("e2", "enhanced"),
+    ] {
+        keyfile.add(name)?;
+        region.create_tenant(name, tier, 200, 60_000).await?;
+        fill(&mut region.client(name).await?, 10).await?;
+        region.archived(name).await?;
+        ids.push(region.tenant(0, name).await?.id);
+    }
+    region.kill_all();
+    region.lose_disks()?;
+    let bucket = BucketConfig {
+        url: format!("file://{}", region.bucket().display()),
+        cloud_region: None,
+        endpoint: None,
+    };
+    let mut foreign = Region::in_jurisdiction(kms::Region::Us, tempfile::tempdir()?, bucket)?;
+    foreign.start_all()?;
+    foreign.all_in("awaiting restore").await?;
+    let (ok, said) = foreign.holdfast(&["restore", "region"]).await?;
+    ensure!(
+        !ok && said.contains("region eu") && said.contains("region us"),
+        "{said}"
+    );
+    foreign.kill_all();
+
+    region.start_all()?;
+    region.all_in("awaiting restore").await?;
+    let (ok, table) = region.holdfast(&["restore", "region"]).await?;
+    ensure!(ok, "{table}");
+    let row = |name: &str| {
+        table
+            .lines()
+            .position(|l| l.split_whitespace().next() == Some(name))
+    };
+    let rows = ["e1", "e2", "s1", "s2"].map(row);
+    ensure!(rows.is_sorted() && rows[0].is_some(), "{table}");
+    let log = region.log(0);
+    // As created: standard, enhanced, standard, enhanced.
+    let begun: Vec<_> = ids
+        .iter()
+        .map(|id| log.find(&format!("restoring tenant={id}")))
+        .collect();
+    ensure!(begun.iter().all(Option::is_some), "{begun:?}");
+    ensure!(begun[1].max(begun[3]) < begun[0].min(begun[2]), "{begun:?}");
+    ensure!(
+        table.contains("ACTUAL RPO") && table.contains("ACTUAL RTO"),
+        "{table}"
+    );
+    region.serving().await?;
+    for name in ["e1", "s2"] {
+        check(&mut region.client(name).await?, 10).await?;
+    }
+    Ok(())
+}
+
+/// Row 38 at start: a data directory and a bucket of a newer version are refused, and say so.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_newer_version_wrote_is_refused() -> Result<()> {
+    let mut region = Region::started().await?;
+    region.kill_all();
+    let file = region.nodes[0].config.data_dir.join("region.json");
+    let newer = |text: String| {
+        text.replace("\"version\":1", "\"version\":2")
+            .replace("\"version\": 1", "\"version\": 2")
+    };
+    let text = newer(std::fs::read_to_string(&file)?);
+    ensure!(text.contains('2'), "{text}");
+    std::fs::write(&file, text)?;
+    region.start(0)?;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    ensure!(region.state(0).await? == "starting");
+    ensure!(
+        region.log(0).contains("version 2 is not known"),
+        "{}",
+        region.log(0)
+    );
+    region.kill_all();
+    region.lose_disks()?;
+    let object = region.bucket().join("bootstrap.json");
+    std::fs::write(&object, newer(std::fs::read_to_string(&object)?))?;
+    region.start_all()?;
+    region.all_in("awaiting restore").await?;
+    let (ok, said) = region.holdfast(&["restore", "region"]).await?;
+    ensure!(
+        !ok && said.contains("bootstrap.json") && said.contains("version 2"),
+        "{said}"
+    );
     Ok(())
 }
 
