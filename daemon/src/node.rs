@@ -326,7 +326,11 @@ impl Node {
         }
         match self.parts.bucket.head(&Bootstrap::path()).await {
             Ok(_) => {
-                *self.state.write() = NodeState::AwaitingRestore;
+                // A restore that was faster than this answer has opened the directory.
+                let mut state = self.state.write();
+                if self.directory().is_none() {
+                    *state = NodeState::AwaitingRestore;
+                }
                 Ok(None)
             }
             Err(object_store::Error::NotFound { .. }) if self.config.is_founder() => {

@@ -270,6 +270,7 @@ pub async fn make_bucket(endpoint: &str, bucket: &str) -> Result<()> {
                 &format!("{USER}:{SECRET}"),
             ])
             .args(["-H", "x-amz-content-sha256: UNSIGNED-PAYLOAD"])
+            .args(["-H", "Content-Type: application/xml"])
             .args(["--data-binary", &body, &format!("{endpoint}/{bucket}")])
             .output()
             .await?;

@@ -10,9 +10,10 @@ use parking_lot::Mutex;
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 
-use super::Service;
 use super::frame::{self, Frame, Kind};
+use super::{PING, SILENCE, Service};
 use crate::GroupId;
 
 /// Frames waiting to be written; a sender waits when it is full.
@@ -114,12 +115,24 @@ impl Connection {
         let own = connection.clone();
         tokio::spawn(async move {
             let mut write = tokio::spawn(write_loop(writer, queue));
+            let mut ping = tokio::time::interval(PING);
+            let mut heard = Instant::now();
             loop {
                 tokio::select! {
                     frame = reader.next() => match frame {
-                        Ok(Some(frame)) => own.arrived(frame).await,
+                        Ok(Some(frame)) => {
+                            heard = Instant::now();
+                            own.arrived(frame).await;
+                        }
                         Ok(None) | Err(_) => break,
                     },
+                    _ = ping.tick() => {
+                        if heard.elapsed() > SILENCE {
+                            break;
+                        }
+                        // A full queue is a sign of life to come.
+                        let _ = own.out.try_send(frame::encode(Kind::Ping, 0, &[]));
+                    }
                     _ = &mut write => break,
                 }
             }

@@ -24,6 +24,9 @@ pub enum Kind {
     StreamReply = 6,
     /// The stream is over; an error text, or nothing.
     StreamClosed = 7,
+    /// Asks for a sign of life.
+    Ping = 8,
+    Pong = 9,
 }
 
 impl Kind {
@@ -38,6 +41,8 @@ impl Kind {
             StreamEnd,
             StreamReply,
             StreamClosed,
+            Ping,
+            Pong,
         ]
         .into_iter()
         .find(|k| *k as u8 == code)

@@ -23,6 +23,12 @@ use serde::{Deserialize, Serialize};
 /// The version of the protocol between nodes.
 pub const PROTOCOL: u32 = 1;
 
+/// The dialling side asks so often for a sign of life, and either side gives a connection up after
+/// such a silence: a peer that hangs, or a network that swallows everything, must not hold what
+/// waits on the connection, the purge of the log included.
+const PING: std::time::Duration = std::time::Duration::from_secs(1);
+const SILENCE: std::time::Duration = std::time::Duration::from_secs(6);
+
 /// What each side says first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -13,7 +13,7 @@ use tokio_rustls::TlsAcceptor;
 use super::connection::write_loop;
 use super::frame::{self, Kind};
 use super::tls::{Identity, NodeTls};
-use super::{Hello, PROTOCOL, Service};
+use super::{Hello, PROTOCOL, SILENCE, Service};
 use crate::GroupId;
 
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
@@ -113,7 +113,9 @@ async fn connection(
     let mut streams: HashMap<u64, mpsc::Sender<Bytes>> = HashMap::new();
     loop {
         let frame = tokio::select! {
-            frame = reader.next() => frame,
+            frame = tokio::time::timeout(SILENCE, reader.next()) => {
+                frame.map_err(|_| "the peer has fallen silent".to_string())?
+            }
             Some(_) = tasks.join_next() => continue,
         };
         let Some(mut frame) = frame.map_err(|e| e.to_string())? else {
@@ -162,6 +164,8 @@ async fn connection(
                 }
             }
             Kind::StreamEnd => drop(streams.remove(&frame.id)),
+            // What fills the queue is a sign of life too.
+            Kind::Ping => drop(out.try_send(frame::encode(Kind::Pong, 0, &[]))),
             _ => return Err("a frame of this kind is not expected here".into()),
         }
     }
