@@ -2,7 +2,8 @@
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/holdfast/target
 CARGO = cargo --locked
 
-.PHONY: demo test bench check build setup-build setup-test
+# advisories: known vulnerabilities of the libraries.
+.PHONY: demo test bench check advisories build setup-build setup-test
 
 setup-build:
 	@tools/setup build
@@ -21,4 +22,8 @@ check: setup-build
 	cargo fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	@command -v cargo-deny >/dev/null || cargo install --locked --version 0.19.0 cargo-deny
-	cargo deny check
+	cargo deny check bans licenses sources
+# Known vulnerabilities, by the RustSec database, which lies on GitHub.
+advisories:
+	@command -v cargo-deny >/dev/null || cargo install --locked --version 0.19.0 cargo-deny
+	cargo deny check advisories

@@ -14,7 +14,7 @@ use openraft::impls::ProgressResponder;
 use openraft::raft::ClientWriteResult;
 use prost::Message;
 use thiserror::Error;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 
 use super::gather::gather;
 use super::member::Shared;
@@ -26,8 +26,13 @@ use crate::proto::command::{Command, Commands, Replies, Reply};
 /// Requests in one entry, and their bytes.
 const MAX_COMMANDS: usize = 256;
 const MAX_BYTES: usize = 1 << 20;
-/// Entries under way at once: more are smaller, and each costs an fsync and a message per member.
+/// Entries under way at once. Each costs an fsync and a message a member, and many small ones cost
+/// more than they win: a second one waits until it is half full, or the first is done.
 const IN_FLIGHT: usize = 2;
+const HALF_FULL: usize = MAX_BYTES / 2;
+/// Turns given to other tasks while fewer requests are there than last time: those who were just
+/// answered are about to ask again.
+const TURNS: usize = 16;
 /// Batches on their way to the leader at once.
 const FORWARDS: usize = 4;
 const QUEUE: usize = 8192;
@@ -97,6 +102,8 @@ impl Proposer {
 async fn run(shared: Arc<Shared>, mut proposals: mpsc::Receiver<Proposal>) {
     let writes = Arc::new(Semaphore::new(IN_FLIGHT));
     let forwards = Arc::new(Semaphore::new(FORWARDS));
+    let ended = Arc::new(Notify::new());
+    let mut last = 0;
     loop {
         let leading = shared.raft.is_leader();
         let permits = if leading { &writes } else { &forwards };
@@ -109,6 +116,34 @@ async fn run(shared: Arc<Shared>, mut proposals: mpsc::Receiver<Proposal>) {
         if !gather(&mut proposals, &mut batch, MAX_BYTES, size).await {
             return;
         }
+        if leading {
+            let mut total: usize = batch.iter().map(size).sum();
+            while writes.available_permits() + 1 < IN_FLIGHT && total < HALF_FULL {
+                tokio::select! {
+                    more = proposals.recv() => match more {
+                        Some(more) => {
+                            total += size(&more);
+                            batch.push(more);
+                        }
+                        None => return,
+                    },
+                    () = ended.notified() => {}
+                }
+            }
+            for _ in 0..TURNS {
+                while total < MAX_BYTES
+                    && let Ok(more) = proposals.try_recv()
+                {
+                    total += size(&more);
+                    batch.push(more);
+                }
+                if batch.len() >= last || total >= MAX_BYTES {
+                    break;
+                }
+                tokio::task::yield_now().await;
+            }
+            last = batch.len();
+        }
         if leading && shared.raft.is_leader() {
             // In this task: entries are proposed in the order in which requests came.
             let mut commands = Vec::with_capacity(batch.len());
@@ -120,10 +155,11 @@ async fn run(shared: Arc<Shared>, mut proposals: mpsc::Receiver<Proposal>) {
             }
             // Kept for another try, should this node turn out not to lead.
             let (started, again) = start_write(&shared, commands).await;
-            let shared = shared.clone();
+            let (shared, ended) = (shared.clone(), ended.clone());
             tokio::spawn(async move {
                 let outcome = finish_write(&shared, started).await;
                 drop(permit);
+                ended.notify_one();
                 match outcome {
                     Outcome::Done(replies) => answer_all(waiting, Ok(replies)),
                     Outcome::Failed(e) => answer_all(waiting, Err(e)),
