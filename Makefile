@@ -18,6 +18,7 @@ test: setup-test build
 	RUST_TEST_THREADS=1 $(CARGO) test --release --workspace
 bench: setup-test build
 	$(CARGO_TARGET_DIR)/release/bench
+	$(CARGO_TARGET_DIR)/release/bench_restore
 check: setup-build
 	cargo fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings

@@ -456,7 +456,14 @@ impl Node {
     /// Opens the directory here and starts what watches it.
     pub async fn open_directory(self: &Arc<Self>, id: GroupId) -> Result<(), String> {
         let group = self.open_directory_group(id).await?;
-        *self.directory.write() = Some(Directory::new(group));
+        {
+            // A restore and the start of the node may both come here.
+            let mut directory = self.directory.write();
+            if directory.is_some() {
+                return Ok(());
+            }
+            *directory = Some(Directory::new(group));
+        }
         let (own, second, third) = (self.clone(), self.clone(), self.clone());
         self.spawn(async move { controller::open_tenants(own).await });
         self.spawn(async move { controller::keep_records(second).await });
