@@ -445,21 +445,3 @@ async fn service_goes_on_without_the_bucket() -> Result<()> {
     region.archived("acme").await?;
     check(&mut client, 50).await
 }
-
-/// Row 31: a bucket in another jurisdiction is refused before anything is written.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_bucket_of_another_jurisdiction_is_refused() -> Result<()> {
-    let region = Region::new()?;
-    let mut config = region.nodes[0].config.clone();
-    config.bucket = BucketConfig {
-        url: "s3://holdfast".into(),
-        cloud_region: Some("us-east-1".into()),
-        endpoint: None,
-    };
-    let problems = config.problems().join("\n");
-    ensure!(
-        problems.contains("us-east-1") && problems.contains("jurisdiction eu"),
-        "{problems}"
-    );
-    Ok(())
-}
