@@ -165,17 +165,6 @@ impl Shared {
         self.cleared.fetch_max(term, Ordering::AcqRel);
     }
 
-    /// Whether this replica has a membership at all; an empty one that waits to be added has none.
-    pub fn is_member(&self) -> bool {
-        let metrics = self.raft.metrics();
-        metrics
-            .borrow_watched()
-            .membership_config
-            .voter_ids()
-            .next()
-            .is_some()
-    }
-
     /// The leader's id and address, as this node knows it.
     pub fn leader(&self) -> Option<(u64, String)> {
         let metrics = self.raft.metrics();

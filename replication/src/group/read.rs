@@ -74,10 +74,6 @@ impl Reads {
 async fn barrier(shared: &Shared) -> Result<(), ProposeError> {
     let deadline = tokio::time::Instant::now() + LIMIT;
     loop {
-        // It has not joined yet: the client is better served by another node.
-        if !shared.is_member() {
-            return Err(ProposeError::NoLeader);
-        }
         if let Some(index) = position(shared).await {
             let left = deadline.saturating_duration_since(tokio::time::Instant::now());
             let archived = !shared.rpo_zero || shared.wait_archived(index, left).await;
