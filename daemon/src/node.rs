@@ -22,6 +22,7 @@ use replication::archive::archiver::Report;
 use replication::archive::bucket::Bootstrap;
 use replication::archive::chain::Tail;
 use replication::engine::{Budget, Ciphering};
+use replication::group::replica::{is_fenced, is_quarantined};
 use replication::group::{DaemonCalls, Groups};
 use replication::log::NodeLog;
 use replication::network::{self, Hello, NodeTls, Peers, Service};
@@ -528,19 +529,25 @@ impl Node {
         Err("no peer could register this node".into())
     }
 
-    /// Whether a node's replica of a group holds anything; `None` if it does not answer.
+    /// Whether a node's replica of a group holds anything; `None` if it does not answer or say.
     pub async fn holds(&self, node: &NodeRecord, group: GroupId) -> Option<bool> {
         if node.id == self.id {
-            return Some(self.holds_here(group));
+            return self.holds_here(group);
         }
         let question = Question::Holds(group);
         let answer = self.ask(&node.peer_address, &question).await?;
-        serde_json::from_slice(&answer).ok()
+        serde_json::from_slice(&answer).ok()?
     }
 
-    fn holds_here(&self, group: GroupId) -> bool {
-        let open = self.parts.groups.get(group);
-        open.is_some_and(|group| !group.is_quarantined() && !group.status().voters.is_empty())
+    fn holds_here(&self, group: GroupId) -> Option<bool> {
+        if let Some(open) = self.parts.groups.get(group) {
+            let ended = open.is_quarantined() || open.is_fenced();
+            return Some(!ended && !open.status().voters.is_empty());
+        }
+        // A replica that is not open yet may hold everything.
+        let dir = self.parts.replica_dir(group);
+        let ended = is_fenced(&dir) || is_quarantined(&dir);
+        (ended || !dir.exists()).then_some(false)
     }
 
     /// Digests of a group's recent positions on another node.

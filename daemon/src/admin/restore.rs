@@ -27,10 +27,14 @@ use tonic::Status;
 use tonic::codegen::BoxStream;
 
 use crate::directory::records::{LinkRecord, TenantRecord};
-use crate::directory::{Directory, Found};
+use crate::directory::{Directory, DirectoryError, Found};
 use crate::limits;
 use crate::node::{Node, NodeState};
 use crate::proto::admin::{Outcome, RestoreEvent};
+
+/// How long a node may take to say whether it holds anything of a tenant.
+const SAY_WITHIN: Duration = Duration::from_secs(10);
+const ASK_AGAIN: Duration = Duration::from_millis(200);
 
 type Events = mpsc::Sender<Result<RestoreEvent, Status>>;
 
@@ -179,6 +183,33 @@ impl Run {
         Ok(())
     }
 
+    /// Records the new incarnation, unless a later one is recorded already.
+    async fn record(
+        &self,
+        directory: &Directory,
+        record: &TenantRecord,
+        mut modified: i64,
+    ) -> Result<(), String> {
+        loop {
+            match directory.put_tenant(record, modified).await {
+                Err(DirectoryError::Conflict(_)) => {}
+                done => return done.map_err(|e| e.to_string()),
+            }
+            let barrier = directory.group().read_barrier().await;
+            barrier.map_err(|e| e.to_string())?;
+            let tenants = directory.tenants().map_err(|e| e.to_string())?;
+            let known = tenants.into_iter().find(|t| t.record.id == record.id);
+            let known = known.ok_or("the tenant's record is gone")?;
+            if known.record.incarnation >= record.incarnation {
+                return Err(format!(
+                    "another restore has recorded incarnation {}",
+                    known.record.incarnation
+                ));
+            }
+            modified = known.modified;
+        }
+    }
+
     /// Whether nothing of a tenant is left on the nodes that it is placed on.
     async fn is_lost(&self, directory: &Directory, record: &TenantRecord) -> Result<bool, String> {
         if !record.formed {
@@ -189,14 +220,19 @@ impl Run {
             .iter()
             .filter(|n| record.placement.contains(&n.record.name));
         for node in placed {
-            match self.node.holds(&node.record, record.group()).await {
-                Some(true) => return Ok(false),
-                Some(false) => {}
-                None => {
-                    return Err(format!(
-                        "node {} does not answer, and may hold the tenant: start it, or replace it by an empty one, and restore again",
-                        node.record.name
-                    ));
+            let deadline = Instant::now() + SAY_WITHIN;
+            loop {
+                match self.node.holds(&node.record, record.group()).await {
+                    Some(true) => return Ok(false),
+                    Some(false) => break,
+                    // It may be opening its replica.
+                    None if Instant::now() < deadline => tokio::time::sleep(ASK_AGAIN).await,
+                    None => {
+                        return Err(format!(
+                            "node {} does not answer or has not opened its replica, and may hold the tenant: start it, or replace it by an empty one, and restore again",
+                            node.record.name
+                        ));
+                    }
                 }
             }
         }
@@ -224,10 +260,7 @@ impl Run {
                 .await?;
             record.incarnation = group.id().incarnation;
             record.formed = true;
-            directory
-                .put_tenant(&record, found.modified)
-                .await
-                .map_err(|e| e.to_string())?;
+            self.record(directory, &record, found.modified).await?;
             Ok::<_, String>((restored, plan))
         };
         match restored.await {

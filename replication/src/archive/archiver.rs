@@ -65,7 +65,19 @@ pub async fn run(group: Arc<Group>, chain: Chain, rpo: Duration, report: Report)
             }
             continue;
         }
-        match archiver.lead(&group, &mut retry).await {
+        // A leader of another term looks at its chain anew: an upload that takes long is given up
+        // for it, and taken up again.
+        let term = archiver.term(&group);
+        let wait = group.shared().raft.wait(None);
+        let over = wait.metrics(
+            |m| m.current_term != term || !m.state.is_leader(),
+            "another term",
+        );
+        let led = tokio::select! {
+            led = archiver.lead(&group, &mut retry) => led,
+            _ = over => Ok(()),
+        };
+        match led {
             Ok(()) => {}
             Err(ChainError::Closed(incarnation)) => {
                 tracing::error!(group = %group.id(), incarnation, "the chain is closed: a restore has taken this tenant over");

@@ -3,7 +3,7 @@
 //! Invariants. Nothing is acknowledged before a majority has synced it and this node has applied
 //! it. A fenced group (its chain was closed by a restore) neither writes nor leads. The log is
 //! purged only behind this node's own durable checkpoint and the archived index, whichever is
-//! less; over the cap of the node's log, behind the checkpoint alone.
+//! less; over the cap of the node's log, and with the archive stalled, behind the checkpoint alone.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
@@ -43,6 +43,10 @@ const HEARTBEAT_MS: u64 = 500;
 const ELECTION_MS: (u64, u64) = (1500, 2500);
 /// A checkpoint is made when this much was written since the last one.
 const CHECKPOINT_BYTES: u64 = 64 << 20;
+/// Over the cap of the log a group is asked for a checkpoint this often.
+const CHECKPOINT_AGAIN: Duration = Duration::from_secs(30);
+/// Entries are purged unarchived only if the archive has not moved for this long.
+const STALLED: Duration = Duration::from_secs(15);
 const MAINTENANCE: Duration = Duration::from_secs(1);
 /// How long another member may take to hear that the group has ended.
 const TELL_FENCED: Duration = Duration::from_secs(2);
@@ -65,6 +69,17 @@ pub enum GroupError {
         "this node's replica of group {0} is damaged: remove the node's data directory, so that it comes back as a new node"
     )]
     Quarantined(GroupId),
+}
+
+impl ScanError {
+    /// Whether the replica is damaged; else it could not be read this time.
+    pub fn is_damage(&self) -> bool {
+        matches!(
+            self,
+            ScanError::Digest(_)
+                | ScanError::Engine(EngineError::Corrupt | EngineError::Damaged(_))
+        )
+    }
 }
 
 /// What a scan of a replica found.
@@ -488,17 +503,23 @@ impl Group {
         if let Err(e) = self.replica.dir.fence() {
             tracing::error!(group = %self.id(), error = %e, "the end of this group is not recorded: it is found out again after a restart");
         }
-        let metrics = self.raft().metrics().borrow_watched().clone();
-        let own = self.shared.peers.own_id();
-        for (id, node) in metrics.membership_config.membership().nodes() {
-            let member = (*id, node.addr.as_str());
-            if *id != own {
-                // Who does not hear it meets the closed chain before it first writes as a leader.
-                let (peers, group) = (&self.shared.peers, self.id());
-                let _ = ask_member(peers, member, Service::Fence, group, &[], TELL_FENCED).await;
+        // On its own: a peer that asked for it may hang up.
+        let shared = self.shared.clone();
+        let ending = tokio::spawn(async move {
+            let metrics = shared.raft.metrics().borrow_watched().clone();
+            let own = shared.peers.own_id();
+            for (id, node) in metrics.membership_config.membership().nodes() {
+                let member = (*id, node.addr.as_str());
+                if *id != own {
+                    // Who does not hear it meets the closed chain before it first writes as a leader.
+                    let (peers, group) = (&shared.peers, shared.group);
+                    let _ =
+                        ask_member(peers, member, Service::Fence, group, &[], TELL_FENCED).await;
+                }
             }
-        }
-        let _ = self.raft().shutdown().await;
+            let _ = shared.raft.shutdown().await;
+        });
+        let _ = ending.await;
     }
 
     pub fn is_fenced(&self) -> bool {
@@ -552,8 +573,13 @@ impl Group {
         if let Err(e) = self.replica.dir.quarantine() {
             tracing::error!(group = %self.id(), error = %e, "the quarantine is not recorded: the damage is found again after a restart");
         }
-        self.shared.quarantined.store(true, Ordering::Release);
+        self.set_quarantined(true);
         let _ = self.raft().shutdown().await;
+    }
+
+    /// Says that this replica holds nothing, for a quarantine that may yet be withdrawn.
+    pub fn set_quarantined(&self, is: bool) {
+        self.shared.quarantined.store(is, Ordering::Release);
     }
 
     pub fn is_quarantined(&self) -> bool {
@@ -653,6 +679,7 @@ async fn watch_applied(shared: Arc<Shared>, recent: Arc<Mutex<VecDeque<(u64, Dig
 /// Makes checkpoints as the log grows, and purges the log behind checkpoint and archive.
 async fn maintain(shared: Arc<Shared>, max_log_bytes: u64) {
     let mut at_checkpoint: Option<u64> = None;
+    let mut asked = Instant::now();
     loop {
         tokio::time::sleep(MAINTENANCE).await;
         let state = shared.store.state();
@@ -665,7 +692,14 @@ async fn maintain(shared: Arc<Shared>, max_log_bytes: u64) {
         let snapshot = metrics.snapshot.map_or(0, |id| id.index);
         let purged = metrics.purged.map_or(0, |id| id.index);
         let archived = shared.archived();
-        let behind = match shared.log.disk_bytes() > max_log_bytes {
+        let over = shared.log.disk_bytes() > max_log_bytes;
+        // A small or idle group makes no checkpoint by itself, and would hold the oldest files.
+        let applied = state.applied.map_or(0, |at| at.index);
+        if over && snapshot < applied && asked.elapsed() > CHECKPOINT_AGAIN {
+            asked = Instant::now();
+            let _ = shared.raft.trigger().snapshot().await;
+        }
+        let behind = match over && shared.ledger.age() > STALLED {
             true => snapshot,
             false => snapshot.min(archived),
         };

@@ -14,7 +14,7 @@ use openraft::impls::ProgressResponder;
 use openraft::raft::ClientWriteResult;
 use prost::Message;
 use thiserror::Error;
-use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use super::gather::gather;
 use super::member::Shared;
@@ -110,6 +110,10 @@ async fn run(shared: Arc<Shared>, mut proposals: mpsc::Receiver<Proposal>) {
         let Ok(permit) = permits.clone().acquire_owned().await else {
             return;
         };
+        let slot = Slot {
+            permit: Some(permit),
+            ended: ended.clone(),
+        };
         let mut batch = Vec::new();
         let unit = MAX_BYTES / MAX_COMMANDS;
         let size = |p: &Proposal| p.bytes.max(p.commands.len() * unit);
@@ -155,11 +159,10 @@ async fn run(shared: Arc<Shared>, mut proposals: mpsc::Receiver<Proposal>) {
             }
             // Kept for another try, should this node turn out not to lead.
             let (started, again) = start_write(&shared, commands).await;
-            let (shared, ended) = (shared.clone(), ended.clone());
+            let shared = shared.clone();
             tokio::spawn(async move {
                 let outcome = finish_write(&shared, started).await;
-                drop(permit);
-                ended.notify_one();
+                drop(slot);
                 match outcome {
                     Outcome::Done(replies) => answer_all(waiting, Ok(replies)),
                     Outcome::Failed(e) => answer_all(waiting, Err(e)),
@@ -177,9 +180,22 @@ async fn run(shared: Arc<Shared>, mut proposals: mpsc::Receiver<Proposal>) {
                     commands.extend(own);
                 }
                 find_leader(&shared, waiting, commands).await;
-                drop(permit);
+                drop(slot);
             });
         }
+    }
+}
+
+/// A place under way. Whoever waits for it to end is woken however it ends.
+struct Slot {
+    permit: Option<OwnedSemaphorePermit>,
+    ended: Arc<Notify>,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        drop(self.permit.take());
+        self.ended.notify_one();
     }
 }
 

@@ -81,6 +81,9 @@ pub fn recover(dir: &Path) -> Result<Recovered, LogError> {
         )?;
         if last {
             cut(&path, &bytes, end)?;
+            if let Some(segment) = segments.all.get_mut(number) {
+                segment.bytes = end as u64;
+            }
         }
     }
     if let Some((group, _)) = groups.iter().find(|(_, index)| !index.is_whole()) {

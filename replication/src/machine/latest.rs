@@ -11,6 +11,8 @@ use std::sync::{Arc, Weak};
 use crate::engine::Engine;
 use crate::mvcc::digest::Digest;
 
+/// Longer keys are read from RocksDB each time.
+const MAX_KEY: usize = 256;
 /// Keys of one tenant, about 150 bytes each.
 const CAPACITY: usize = 128 << 10;
 /// Keys of all tenants of the process: 150 MB.
@@ -49,6 +51,9 @@ impl Latest {
     pub fn put(&mut self, key: &[u8], known: Known) {
         if let Some(entry) = self.keys.get_mut(key) {
             *entry = known;
+            return;
+        }
+        if key.len() > MAX_KEY {
             return;
         }
         // All at once: what is written again is back after one read each.

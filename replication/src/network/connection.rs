@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior};
 
 use super::frame::{self, Frame, Kind};
 use super::{PING, SILENCE, Service};
@@ -116,13 +116,16 @@ impl Connection {
         tokio::spawn(async move {
             let mut write = tokio::spawn(write_loop(writer, queue));
             let mut ping = tokio::time::interval(PING);
+            ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
             let mut heard = Instant::now();
             loop {
                 tokio::select! {
+                    // What has arrived counts before the clock.
+                    biased;
                     frame = reader.next() => match frame {
                         Ok(Some(frame)) => {
-                            heard = Instant::now();
                             own.arrived(frame).await;
+                            heard = Instant::now();
                         }
                         Ok(None) | Err(_) => break,
                     },
