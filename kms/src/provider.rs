@@ -72,11 +72,6 @@ impl KmsError {
             hint,
         }
     }
-
-    /// Whether asking again later can help without anyone acting.
-    pub fn is_retryable(&self) -> bool {
-        matches!(self, KmsError::Unreachable { .. })
-    }
 }
 
 /// Names a KEK: `local:NAME`, or the full ARN of an AWS KMS key.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use replication::mvcc::key::KeyRange;
 use replication::proto::etcdserverpb::alarm_request::AlarmAction;
 use replication::proto::etcdserverpb::{
@@ -24,7 +25,7 @@ fn hash(group: &replication::group::Group, revision: i64) -> Result<(u32, i64, i
         } else {
             revision
         };
-        let all = KeyRange::Many(super::no_bytes(), None);
+        let all = KeyRange::Many(Bytes::new(), None);
         let mut hasher = crc32fast::Hasher::new();
         for (key, record) in view.scan(&all, at, 0)?.rows {
             hasher.update(&key);

@@ -10,7 +10,6 @@ mod rest;
 
 use std::sync::Arc;
 
-use bytes::Bytes;
 use replication::group::{Group, ProposeError};
 use replication::mvcc::check::Failed;
 use replication::proto::etcdserverpb::ResponseHeader;
@@ -85,9 +84,4 @@ pub fn routes(node: &Arc<Node>) -> Routes {
         .add_service(health_proto::health_server::HealthServer::new(
             health::HealthService(node.clone()),
         ))
-}
-
-/// Empty bytes, for requests built here.
-pub fn no_bytes() -> Bytes {
-    Bytes::new()
 }

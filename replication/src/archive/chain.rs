@@ -36,13 +36,6 @@ pub enum ChainError {
     },
 }
 
-impl ChainError {
-    /// Whether the same call may succeed later.
-    pub fn is_retryable(&self) -> bool {
-        matches!(self, ChainError::Store { .. })
-    }
-}
-
 /// The end of a chain, as far as it is known.
 #[derive(Clone, Debug, Default)]
 pub struct Tail {

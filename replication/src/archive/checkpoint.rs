@@ -174,3 +174,45 @@ pub async fn list(
 pub fn link_of(name: &object_store::path::Path) -> Option<u64> {
     name.filename()?.split('-').next()?.parse().ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kms::TenantId;
+
+    #[test]
+    fn golden_manifest() {
+        let key = Secret::from_slice(&[3; 32]).unwrap();
+        let group = GroupId {
+            tenant: TenantId([1; 16]),
+            incarnation: 2,
+        };
+        let manifest = Manifest {
+            format: FORMAT,
+            group,
+            link: 4,
+            link_hash: "ab".into(),
+            position: Position {
+                term: 1,
+                node: 7,
+                index: 5,
+            },
+            revision: 9,
+            digests: Digests::default(),
+            files: vec![ManifestFile {
+                name: "000012.sst".into(),
+                length: 6,
+                hash: "cd".into(),
+            }],
+        };
+        let bytes = encode(&key, &manifest);
+        let golden = include_str!("../../golden/manifest-v1.hex").trim();
+        assert_eq!(hex::encode(&bytes), golden);
+        assert_eq!(decode(&key, group, &bytes), Ok(manifest));
+        for at in 0..bytes.len() {
+            let mut bad = bytes.clone();
+            bad[at] ^= 1;
+            assert_eq!(decode(&key, group, &bad), Err(LinkError::Forged), "{at}");
+        }
+    }
+}

@@ -12,11 +12,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kms::TenantKeys;
-use openraft::async_runtime::{Instant as _, WatchReceiver};
+use openraft::async_runtime::WatchReceiver;
 use openraft::raft::SnapshotResponse;
 use openraft::{BasicNode, Config, Raft, SnapshotPolicy};
 use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -27,6 +26,7 @@ use super::read::{Reads, is_current};
 use super::replica::{ReplicaDir, is_fenced, is_quarantined, open_files};
 use super::state_machine::{Replica, SnapshotDir, StateMachine};
 use super::types::{SnapshotMeta, TypeConfig, Vote};
+use super::upkeep::{maintain, watch_applied};
 use crate::GroupId;
 use crate::archive::ledger::Ledger;
 use crate::command::EntryCodec;
@@ -40,20 +40,11 @@ use crate::proto::command::{Command, Reply};
 /// Heartbeats are one per group: at 500 ms, 200 idle groups cost 5% of a core.
 const HEARTBEAT_MS: u64 = 500;
 /// Well above the worst fsync seen (over 100 ms), and above two lost heartbeats.
-const ELECTION_MS: (u64, u64) = (1500, 2500);
-/// A checkpoint is made when this much was written since the last one.
-const CHECKPOINT_BYTES: u64 = 64 << 20;
-/// Over the cap of the log a group is asked for a checkpoint this often.
-const CHECKPOINT_AGAIN: Duration = Duration::from_secs(30);
-/// Entries are purged unarchived only if the archive has not moved for this long.
-const STALLED: Duration = Duration::from_secs(15);
-const MAINTENANCE: Duration = Duration::from_secs(1);
+pub(super) const ELECTION_MS: (u64, u64) = (1500, 2500);
 /// How long another member may take to hear that the group has ended.
 const TELL_FENCED: Duration = Duration::from_secs(2);
 /// A scan that is ahead of its rate by this much sleeps.
 const SCAN_STEP: Duration = Duration::from_millis(20);
-/// Digests kept to compare with other replicas'.
-const RECENT_DIGESTS: usize = 512;
 
 #[derive(Debug, Error)]
 pub enum GroupError {
@@ -107,36 +98,6 @@ pub struct GroupConfig {
     pub min_voters: usize,
     /// Above this the node's log is purged although it is not archived.
     pub max_log_bytes: u64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    Leader,
-    Follower,
-    Candidate,
-    Learner,
-    Stopped,
-}
-
-/// A group as it stands on this node.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct GroupStatus {
-    pub group: GroupId,
-    pub role: Role,
-    pub term: u64,
-    pub leader: Option<u64>,
-    pub voters: Vec<u64>,
-    pub learners: Vec<u64>,
-    pub applied: u64,
-    pub archived: u64,
-    pub revision: i64,
-    pub compacted: i64,
-    pub bytes: u64,
-    pub digests: Digests,
-    /// Age in milliseconds of the oldest acknowledged write that is not archived.
-    pub rpo_ms: u64,
-    pub fenced: bool,
 }
 
 /// A checkpoint: where it stands, and its files, open.
@@ -595,45 +556,6 @@ impl Group {
         self.raft().metrics().borrow_watched().current_term
     }
 
-    pub fn status(&self) -> GroupStatus {
-        let metrics = self.raft().metrics().borrow_watched().clone();
-        let state = self.store().state();
-        let role = match metrics.state {
-            openraft::ServerState::Leader if has_quorum(&metrics) => Role::Leader,
-            // It leads in name only: it can neither commit nor confirm a read.
-            openraft::ServerState::Leader => Role::Candidate,
-            openraft::ServerState::Follower => Role::Follower,
-            openraft::ServerState::Candidate => Role::Candidate,
-            openraft::ServerState::Learner => Role::Learner,
-            openraft::ServerState::Shutdown => Role::Stopped,
-        };
-        let role = if metrics.running_state.is_err() {
-            Role::Stopped
-        } else {
-            role
-        };
-        let membership = metrics.membership_config.membership().clone();
-        GroupStatus {
-            group: self.id(),
-            role,
-            term: metrics.current_term,
-            leader: match role {
-                Role::Candidate => None,
-                _ => metrics.current_leader,
-            },
-            voters: membership.voter_ids().collect(),
-            learners: membership.learner_ids().collect(),
-            applied: state.applied.map_or(0, |at| at.index),
-            archived: self.shared.archived(),
-            revision: state.revision,
-            compacted: state.compacted,
-            bytes: state.bytes,
-            digests: state.digests,
-            rpo_ms: self.shared.ledger.age().as_millis() as u64,
-            fenced: self.is_fenced(),
-        }
-    }
-
     /// Waits until there is a leader that this node knows.
     pub async fn wait_leader(&self, within: Duration) -> bool {
         let known = self.raft().wait(Some(within));
@@ -647,67 +569,5 @@ impl Group {
     pub async fn shutdown(&self) {
         self.tasks.lock().abort_all();
         let _ = self.raft().shutdown().await;
-    }
-}
-
-/// Whether a majority answered this leader within the election time-out. Before its first round it
-/// is given the benefit of the doubt.
-fn has_quorum(metrics: &openraft::RaftMetrics<TypeConfig>) -> bool {
-    let limit = Duration::from_millis(ELECTION_MS.1);
-    let acked = metrics.last_quorum_acked.as_ref();
-    let alone = metrics.membership_config.voter_ids().count() == 1;
-    alone || acked.is_none_or(|at| at.elapsed() <= limit)
-}
-
-/// Feeds the ledger and the recent digests.
-async fn watch_applied(shared: Arc<Shared>, recent: Arc<Mutex<VecDeque<(u64, Digests)>>>) {
-    let mut applied = shared.store.watch();
-    while applied.changed().await.is_ok() {
-        let (index, digests) = {
-            let state = applied.borrow_and_update();
-            (state.applied.map_or(0, |at| at.index), state.digests)
-        };
-        shared.ledger.applied(index);
-        let mut recent = recent.lock();
-        recent.push_back((index, digests));
-        if recent.len() > RECENT_DIGESTS {
-            recent.pop_front();
-        }
-    }
-}
-
-/// Makes checkpoints as the log grows, and purges the log behind checkpoint and archive.
-async fn maintain(shared: Arc<Shared>, max_log_bytes: u64) {
-    let mut at_checkpoint: Option<u64> = None;
-    let mut asked = Instant::now();
-    loop {
-        tokio::time::sleep(MAINTENANCE).await;
-        let state = shared.store.state();
-        let since = *at_checkpoint.get_or_insert(state.bytes);
-        if state.bytes.saturating_sub(since) >= CHECKPOINT_BYTES {
-            at_checkpoint = Some(state.bytes);
-            let _ = shared.raft.trigger().snapshot().await;
-        }
-        let metrics = shared.raft.metrics().borrow_watched().clone();
-        let snapshot = metrics.snapshot.map_or(0, |id| id.index);
-        let purged = metrics.purged.map_or(0, |id| id.index);
-        let archived = shared.archived();
-        let over = shared.log.disk_bytes() > max_log_bytes;
-        // A small or idle group makes no checkpoint by itself, and would hold the oldest files.
-        let applied = state.applied.map_or(0, |at| at.index);
-        if over && snapshot < applied && asked.elapsed() > CHECKPOINT_AGAIN {
-            asked = Instant::now();
-            let _ = shared.raft.trigger().snapshot().await;
-        }
-        let behind = match over && shared.ledger.age() > STALLED {
-            true => snapshot,
-            false => snapshot.min(archived),
-        };
-        if behind > purged {
-            if behind > archived {
-                tracing::error!(group = %shared.group, from = archived + 1, to = behind, "ALARM: the log is over its cap and the bucket is behind: entries are purged unarchived, and no moment among them can be restored");
-            }
-            let _ = shared.raft.trigger().purge_log(behind).await;
-        }
     }
 }

@@ -10,10 +10,13 @@ mod registry;
 pub mod replica;
 mod snapshot;
 mod state_machine;
+mod status;
 #[cfg(test)]
 mod suite;
 pub mod types;
+mod upkeep;
 
-pub use member::{Checkpoint, Group, GroupConfig, GroupError, GroupStatus, Role, ScanError};
+pub use member::{Checkpoint, Group, GroupConfig, GroupError, ScanError};
 pub use propose::ProposeError;
 pub use registry::{DaemonCalls, Groups};
+pub use status::{GroupStatus, Role};

@@ -149,3 +149,25 @@ pub fn decode_vote(bytes: &[u8]) -> Option<Vote> {
         _ => return None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_entry() {
+        let entry = Entry {
+            log_id: log_id(Position {
+                term: 3,
+                node: 9,
+                index: 77,
+            }),
+            payload: EntryPayload::Normal(Sealed(Bytes::from_static(b"sealed"))),
+        };
+        let mut bytes = Vec::new();
+        encode_entry(&entry, &mut bytes);
+        let golden = include_str!("../../golden/log-entry-v1.hex").trim();
+        assert_eq!(hex::encode(&bytes), golden);
+        assert_eq!(decode_entry(&Bytes::from(bytes)), Some(entry));
+    }
+}

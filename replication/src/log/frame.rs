@@ -103,3 +103,23 @@ pub fn any_valid_after(bytes: &[u8], after: u64) -> bool {
         .filter(|(_, window)| *window == MAGIC)
         .any(|(at, _)| matches!(parse(&bytes[at..]), Ok(frame) if frame.sequence > after))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_frame() {
+        let mut out = Vec::new();
+        begin(&mut out);
+        out.extend_from_slice(b"records");
+        finish(&mut out, Kind::Records, 42);
+        let golden = include_str!("../../golden/log-frame-v1.hex").trim();
+        assert_eq!(hex::encode(&out), golden);
+        let frame = parse(&out).unwrap_or_else(|e| panic!("{e:?}"));
+        assert_eq!(
+            (frame.kind, frame.sequence, frame.body),
+            (Kind::Records, 42, &b"records"[..])
+        );
+    }
+}

@@ -92,8 +92,6 @@ pub struct Restored {
     pub checkpoint: PathBuf,
     pub position: Position,
     pub state: State,
-    /// When the last restored write was made, milliseconds since 1970.
-    pub newest_ms: u64,
 }
 
 /// Closes the chain of `plan`, so that no further link can be made, and takes in what an old

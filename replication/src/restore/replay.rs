@@ -44,7 +44,6 @@ pub fn run(
             group,
             checkpoint,
             position: state.applied.unwrap_or_default(),
-            newest_ms: state.time_ms,
             state,
         })
     })
