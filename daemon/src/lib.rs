@@ -14,6 +14,7 @@ pub mod limits;
 pub mod logging;
 pub mod node;
 pub mod pki;
+mod region;
 pub mod server;
 pub mod tenant;
 

@@ -1,9 +1,4 @@
 //! One node of a region: its log, peers, groups, directory and servers.
-//!
-//! Where the directory is: this node's own note of it (`region.json`); else a peer that has it;
-//! else, when the bucket knows no region, the founder makes one. A node with an empty data
-//! directory whose region is in the bucket and on no peer waits for a restore: it never founds a
-//! second region over the first.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,11 +10,9 @@ use bytes::Bytes;
 use kms::aws::AwsKms;
 use kms::local::{Keyfile, write_private};
 use kms::secret::Secret;
-use kms::{KeyUri, Providers, TenantId, WrappedKey, WrappedKeyStore};
-use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload};
+use kms::{Providers, TenantId, WrappedKeyStore};
 use parking_lot::RwLock;
 use replication::archive::archiver::Report;
-use replication::archive::bucket::Bootstrap;
 use replication::archive::chain::Tail;
 use replication::engine::{Budget, Ciphering};
 use replication::group::replica::{is_fenced, is_quarantined};
@@ -40,12 +33,12 @@ use crate::server;
 use crate::tenant::{Parts, Registry};
 
 const PEER_CALL: Duration = Duration::from_secs(5);
-const LOOK: Duration = Duration::from_millis(100);
+pub(crate) const LOOK: Duration = Duration::from_millis(100);
 
 /// What a node asks of another above the groups.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Question {
+pub(crate) enum Question {
     /// Which group is the directory?
     Directory,
     Register(NodeRecord),
@@ -53,20 +46,6 @@ enum Question {
     Digests(GroupId),
     /// Whether this node's replica of a group holds anything.
     Holds(GroupId),
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RegionFile {
-    version: u32,
-    directory: GroupId,
-    /// This node founded the region, and forms the directory's group.
-    #[serde(default)]
-    founder: bool,
-}
-
-impl RegionFile {
-    const VERSION: u32 = 1;
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -252,97 +231,7 @@ impl Node {
             .collect()
     }
 
-    fn region_file(&self) -> std::path::PathBuf {
-        self.parts.data_dir.join("region.json")
-    }
-
-    pub fn save_region(&self, directory: GroupId, founder: bool) -> Result<(), String> {
-        let file = RegionFile {
-            version: RegionFile::VERSION,
-            directory,
-            founder,
-        };
-        let bytes = serde_json::to_vec(&file).map_err(|e| e.to_string())?;
-        write_private(&self.region_file(), &bytes)
-            .map_err(|e| format!("{}: {e}", self.region_file().display()))
-    }
-
-    fn read_region(&self) -> Result<Option<RegionFile>, String> {
-        match std::fs::read(self.region_file()) {
-            Ok(bytes) => {
-                let file: RegionFile = serde_json::from_slice(&bytes)
-                    .map_err(|e| format!("{}: {e}", self.region_file().display()))?;
-                match file.version {
-                    RegionFile::VERSION => Ok(Some(file)),
-                    other => Err(format!(
-                        "{}: version {other} is not known to this version of holdfastd; run the one that wrote it, or a newer one",
-                        self.region_file().display()
-                    )),
-                }
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(format!("{}: {e}", self.region_file().display())),
-        }
-    }
-
-    /// Finds or founds the region, and serves it.
-    async fn join_region(self: Arc<Self>) {
-        let mut told = String::new();
-        loop {
-            match self.find_directory().await {
-                Ok(Some(group)) => match self.open_directory(group).await {
-                    Ok(()) => return,
-                    Err(why) => self.tell(&mut told, why),
-                },
-                // A restore may have opened it meanwhile.
-                Ok(None) if self.directory().is_some() => return,
-                Ok(None) => {}
-                Err(why) => self.tell(&mut told, why),
-            }
-            tokio::time::sleep(LOOK).await;
-        }
-    }
-
-    fn tell(&self, told: &mut String, why: String) {
-        if *told != why {
-            tracing::warn!(%why, "the region is not there yet");
-            *told = why;
-        }
-    }
-
-    async fn find_directory(&self) -> Result<Option<GroupId>, String> {
-        if let Some(file) = self.read_region()? {
-            if file.founder {
-                self.form(file.directory).await?;
-            }
-            return Ok(Some(file.directory));
-        }
-        for peer in self.other_peers() {
-            if let Some(answer) = self.ask(&peer, &Question::Directory).await
-                && let Ok(Some(group)) = serde_json::from_slice::<Option<GroupId>>(&answer)
-            {
-                self.save_region(group, false)?;
-                return Ok(Some(group));
-            }
-        }
-        match self.parts.bucket.head(&Bootstrap::path()).await {
-            Ok(_) => {
-                // A restore that was faster than this answer has opened the directory.
-                let mut state = self.state.write();
-                if self.directory().is_none() {
-                    *state = NodeState::AwaitingRestore;
-                }
-                Ok(None)
-            }
-            Err(object_store::Error::NotFound { .. }) if self.config.is_founder() => {
-                self.found().await.map(Some)
-            }
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(e) => Err(format!("the bucket cannot be asked for the region: {e}")),
-        }
-    }
-
-    fn other_peers(&self) -> Vec<String> {
+    pub(crate) fn other_peers(&self) -> Vec<String> {
         let own = self.config.peer_address;
         self.config
             .peers
@@ -352,7 +241,7 @@ impl Node {
             .collect()
     }
 
-    async fn ask(&self, address: &str, question: &Question) -> Option<Bytes> {
+    pub(crate) async fn ask(&self, address: &str, question: &Question) -> Option<Bytes> {
         let peer = self.parts.peers.address(address);
         let connection = peer.connected(Duration::from_millis(200)).await?;
         let body = serde_json::to_vec(question).ok()?;
@@ -366,78 +255,7 @@ impl Node {
             .ok()
     }
 
-    /// Makes the region: the directory's key, the bootstrap object, the directory's group.
-    async fn found(&self) -> Result<GroupId, String> {
-        let members = self
-            .members()
-            .await
-            .ok_or("waiting for the other nodes, to found the region")?;
-        let key: KeyUri = self
-            .config
-            .region_key
-            .parse()
-            .map_err(|e: kms::KmsError| e.to_string())?;
-        let directory = TenantId::random();
-        let (wrapped, _) =
-            WrappedKey::create(&self.parts.providers, &key, directory, self.config.region)
-                .await
-                .map_err(|e| e.to_string())?;
-        self.parts
-            .keys
-            .create(&wrapped)
-            .await
-            .map_err(|e| e.to_string())?;
-        let bootstrap = Bootstrap {
-            version: Bootstrap::VERSION,
-            region: self.config.region,
-            directory,
-            key,
-        };
-        let bytes = serde_json::to_vec_pretty(&bootstrap).map_err(|e| e.to_string())?;
-        let group = GroupId {
-            tenant: directory,
-            incarnation: 1,
-        };
-        self.parts
-            .bucket
-            .put_opts(
-                &Bootstrap::path(),
-                PutPayload::from(bytes),
-                PutMode::Create.into(),
-            )
-            .await
-            .map_err(|e| format!("the bootstrap object: {e}"))?;
-        self.save_region(group, true)?;
-        tracing::info!(region = %self.config.region, %group, nodes = members.len(), "the region is founded");
-        self.form(group).await?;
-        Ok(group)
-    }
-
-    /// All nodes of the region by id, once each has been reached.
-    async fn members(&self) -> Option<BTreeMap<u64, String>> {
-        let mut members = BTreeMap::from([(self.id, self.config.peer_address.to_string())]);
-        for address in self.other_peers() {
-            let peer = self.parts.peers.address(&address);
-            peer.connected(Duration::from_secs(1)).await?;
-            members.insert(peer.hello()?.node, address);
-        }
-        Some(members)
-    }
-
-    /// Forms the directory's group, unless it was formed before.
-    async fn form(&self, group: GroupId) -> Result<(), String> {
-        let opened = self.open_directory_group(group).await?;
-        if opened.is_formed().await.map_err(|e| e.to_string())? {
-            return Ok(());
-        }
-        let members = self
-            .members()
-            .await
-            .ok_or("waiting for the other nodes, to form the directory")?;
-        opened.initialize(members).await.map_err(|e| e.to_string())
-    }
-
-    async fn open_directory_group(
+    pub(crate) async fn open_directory_group(
         &self,
         id: GroupId,
     ) -> Result<Arc<replication::group::Group>, String> {

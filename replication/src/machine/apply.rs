@@ -12,6 +12,7 @@ use thiserror::Error;
 use super::latest::{Known, Latest};
 use super::state::State;
 use super::store::{Store, read_user, user_key};
+use super::txn::{branch, decide};
 use crate::command::{EntryCodec, OpenError};
 use crate::engine::{Cf, Engine, EngineError};
 use crate::mvcc::check::{self, Failed};
@@ -23,13 +24,11 @@ use crate::mvcc::view::{Overlay, View};
 use crate::proto::command::command::Op;
 use crate::proto::command::reply::Result as ReplyResult;
 use crate::proto::command::{Command, Done, PutUser, Reply, User};
-use crate::proto::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
 use crate::proto::etcdserverpb::request_op::Request;
 use crate::proto::etcdserverpb::response_op::Response;
 use crate::proto::etcdserverpb::{
-    CompactionRequest, CompactionResponse, Compare, DeleteRangeRequest, DeleteRangeResponse,
-    PutRequest, PutResponse, RangeResponse, RequestOp, ResponseHeader, ResponseOp, TxnRequest,
-    TxnResponse,
+    CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, PutRequest,
+    PutResponse, RangeResponse, ResponseHeader, ResponseOp, TxnRequest, TxnResponse,
 };
 use crate::{GroupId, Position};
 
@@ -174,7 +173,7 @@ struct Writer<'a> {
     sub: u32,
 }
 
-fn header(revision: i64) -> Option<ResponseHeader> {
+pub(super) fn header(revision: i64) -> Option<ResponseHeader> {
     Some(ResponseHeader {
         revision,
         ..ResponseHeader::default()
@@ -449,147 +448,6 @@ impl Writer<'_> {
         self.state.auth_revision += 1;
         self.users.push(user);
         Ok(())
-    }
-}
-
-/// Which branch each txn takes, outer before inner, all compared before anything is written.
-fn decide(
-    view: &View<'_>,
-    revision: i64,
-    request: &TxnRequest,
-    path: &mut Vec<bool>,
-) -> Result<(), Failed> {
-    let mut holds = true;
-    for one in &request.compare {
-        holds = holds && compare(view, revision, one)?;
-    }
-    path.push(holds);
-    for op in branch(request, holds) {
-        if let Some(Request::RequestTxn(nested)) = &op.request {
-            decide(view, revision, nested, path)?;
-        }
-    }
-    Ok(())
-}
-
-fn compare(view: &View<'_>, revision: i64, compare: &Compare) -> Result<bool, Failed> {
-    let range = KeyRange::new(&compare.key, &compare.range_end);
-    let found = view.scan(&range, revision, 0)?;
-    if found.rows.is_empty() {
-        let missing = Record {
-            create: 0,
-            modified: 0,
-            version: 0,
-            lease: 0,
-            value: Bytes::new(),
-        };
-        let value = compare.target() == CompareTarget::Value;
-        return Ok(!value && matches(compare, &missing));
-    }
-    Ok(found
-        .rows
-        .iter()
-        .all(|(_, record)| matches(compare, record)))
-}
-
-/// Answers a txn that changes nothing.
-pub(super) fn read_txn(
-    view: &View<'_>,
-    state: &State,
-    request: &TxnRequest,
-) -> Result<TxnResponse, Failed> {
-    let mut path = Vec::new();
-    decide(view, state.revision, request, &mut path)?;
-    let mut response = read_branch(view, state, request, &mut path.iter())?;
-    response.header = header(state.revision);
-    Ok(response)
-}
-
-fn read_branch(
-    view: &View<'_>,
-    state: &State,
-    request: &TxnRequest,
-    path: &mut std::slice::Iter<'_, bool>,
-) -> Result<TxnResponse, Failed> {
-    let holds = *path.next().expect("decide visits every txn on the path");
-    let mut responses = Vec::new();
-    for op in branch(request, holds) {
-        let response = match &op.request {
-            Some(Request::RequestRange(r)) => Some(Response::ResponseRange(range::range(
-                view,
-                state.bounds(),
-                r,
-            )?)),
-            Some(Request::RequestTxn(nested)) => {
-                let mut nested = read_branch(view, state, nested, path)?;
-                nested.header = Some(ResponseHeader::default());
-                Some(Response::ResponseTxn(nested))
-            }
-            _ => None,
-        };
-        responses.push(ResponseOp { response });
-    }
-    Ok(TxnResponse {
-        header: None,
-        succeeded: holds,
-        responses,
-    })
-}
-
-fn branch(request: &TxnRequest, holds: bool) -> &[RequestOp] {
-    if holds {
-        &request.success
-    } else {
-        &request.failure
-    }
-}
-
-fn matches(compare: &Compare, record: &Record) -> bool {
-    let int = |union: Option<i64>, own: i64| own.cmp(&union.unwrap_or(0));
-    let target = compare.target_union.as_ref();
-    let ordering = match compare.target() {
-        CompareTarget::Version => int(
-            target.and_then(|t| match t {
-                TargetUnion::Version(v) => Some(*v),
-                _ => None,
-            }),
-            record.version,
-        ),
-        CompareTarget::Create => int(
-            target.and_then(|t| match t {
-                TargetUnion::CreateRevision(v) => Some(*v),
-                _ => None,
-            }),
-            record.create,
-        ),
-        CompareTarget::Mod => int(
-            target.and_then(|t| match t {
-                TargetUnion::ModRevision(v) => Some(*v),
-                _ => None,
-            }),
-            record.modified,
-        ),
-        CompareTarget::Lease => int(
-            target.and_then(|t| match t {
-                TargetUnion::Lease(v) => Some(*v),
-                _ => None,
-            }),
-            record.lease,
-        ),
-        CompareTarget::Value => {
-            let empty = Bytes::new();
-            let wanted = match target {
-                Some(TargetUnion::Value(v)) => v,
-                _ => &empty,
-            };
-            record.value.cmp(wanted)
-        }
-    };
-    match compare.result() {
-        CompareResult::Equal => ordering.is_eq(),
-        CompareResult::NotEqual => ordering.is_ne(),
-        CompareResult::Greater => ordering.is_gt(),
-        CompareResult::Less => ordering.is_lt(),
     }
 }
 

@@ -9,6 +9,7 @@ mod apply;
 mod latest;
 mod state;
 mod store;
+mod txn;
 
 pub use apply::{Entry, Machine, MachineError, Payload, check_command};
 pub use state::State;

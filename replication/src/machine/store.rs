@@ -130,7 +130,7 @@ impl Store {
 
     /// Answers a txn that changes nothing, from this replica as it stands.
     pub fn read_txn(&self, request: &TxnRequest) -> Result<TxnResponse, Failed> {
-        self.view(|view, state| super::apply::read_txn(view, state, request))
+        self.view(|view, state| super::txn::read_txn(view, state, request))
     }
 
     /// A user of the tenant.
