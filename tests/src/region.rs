@@ -9,7 +9,9 @@ use anyhow::{Context, Result, bail, ensure};
 use daemon::admin_client::OperatorConfig;
 use daemon::config::NodeConfig;
 use daemon::dev::{Layout, lay_out};
-use daemon::proto::admin::{CreateTenantRequest, NodeStatusRequest, ShowTenantRequest, Tenant};
+use daemon::proto::admin::{
+    CreateTenantRequest, NodeStatusRequest, NodeStatusResponse, ShowTenantRequest, Tenant,
+};
 use etcd_client::{Client, ConnectOptions};
 use kms::Region as Jurisdiction;
 use kms::local::Keyfile;
@@ -243,17 +245,17 @@ impl Region {
 
     /// State of node `n`, or why it does not answer.
     pub async fn state(&self, n: usize) -> Result<String> {
+        Ok(self.status(n).await?.state)
+    }
+
+    pub async fn status(&self, n: usize) -> Result<NodeStatusResponse> {
         let address = self.nodes[n].config.admin_address;
         let mut client = self
             .operator()?
             .connect_to(address)
             .await
             .map_err(anyhow::Error::msg)?;
-        Ok(client
-            .node_status(NodeStatusRequest {})
-            .await?
-            .into_inner()
-            .state)
+        Ok(client.node_status(NodeStatusRequest {}).await?.into_inner())
     }
 
     /// Waits until every running node serves.

@@ -38,6 +38,35 @@ async fn histories_are_linearizable_through_kills_and_pauses() -> Result<()> {
     Ok(())
 }
 
+/// Row 3: a zone is lost; the majority serves, and health says which zone is away.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_zone_is_served_around_and_said() -> Result<()> {
+    let mut region = Region::started().await?;
+    region.create_tenant("acme", "standard", 0, 0).await?;
+    let lost = region.leader("acme").await?;
+    let other = (lost + 1) % 3;
+    ensure!(region.status(other).await?.unreachable.is_empty());
+    let zone = format!("(zone {})", region.nodes[lost].config.zone);
+    region.nodes[lost].kill();
+    let mut client = region.client_at("acme", &[other]).await?;
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while client.put("k", "without the zone", None).await.is_err() {
+        ensure!(Instant::now() < deadline, "the majority does not serve");
+    }
+    let away = region.status(other).await?.unreachable;
+    ensure!(away.len() == 1 && away[0].contains(&zone), "{away:?}");
+    region.start(lost)?;
+    region.serving().await?;
+    while !region.status(other).await?.unreachable.is_empty() {
+        ensure!(
+            Instant::now() < deadline + Duration::from_secs(20),
+            "still degraded"
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    region.same_everywhere("acme").await
+}
+
 /// Row 4: without a majority writes and linearizable reads are refused; with it they go on.
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_majority_nothing_is_acknowledged() -> Result<()> {
