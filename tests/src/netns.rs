@@ -3,6 +3,7 @@
 
 use std::net::IpAddr;
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, ensure};
 
@@ -18,6 +19,8 @@ fn run(command: &str) -> Result<()> {
     Ok(())
 }
 
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
 /// Namespaces on one bridge, which this process reaches too.
 pub struct Network {
     id: u32,
@@ -26,8 +29,9 @@ pub struct Network {
 
 impl Network {
     pub fn new(count: usize) -> Result<Self> {
+        // Names of its own: the kernel takes a moment to remove a namespace's links.
         let network = Network {
-            id: std::process::id() % 10_000,
+            id: std::process::id() % 1000 * 10 + NEXT.fetch_add(1, Ordering::Relaxed) % 10,
             count,
         };
         network.undo();
@@ -101,6 +105,7 @@ impl Network {
         // What is not there is no error here.
         for n in 0..self.count {
             let _ = run(&format!("ip netns del {}", self.space(n)));
+            let _ = run(&format!("ip link del {}", self.link(n)));
         }
         let _ = run(&format!("ip link del {}", self.bridge()));
     }
