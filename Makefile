@@ -15,7 +15,7 @@ demo: build
 	$(CARGO_TARGET_DIR)/release/demo
 test: setup-test build
 	# One at a time: each starts a region of processes on a machine of two cores.
-	RUST_TEST_THREADS=1 $(CARGO) test --release --workspace
+	RUST_TEST_THREADS=1 $(CARGO) test --release --workspace --no-fail-fast
 bench: setup-test build
 	$(CARGO_TARGET_DIR)/release/bench
 	$(CARGO_TARGET_DIR)/release/bench_restore
