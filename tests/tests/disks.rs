@@ -272,22 +272,30 @@ async fn a_damaged_replica_is_found_and_replicated_again() -> Result<()> {
         .create_tenant("acme", "enhanced", 200, 60_000)
         .await?;
     let mut client = region.client("acme").await?;
-    // Past a checkpoint, so that there are table files.
+    // More than the memtables hold, so that there are table files.
     let value = vec![7u8; 1 << 20];
-    for n in 0..80 {
+    for n in 0..160 {
         client.put(format!("key/{n}"), value.clone(), None).await?;
     }
     let victim = (region.leader("acme").await? + 1) % 3;
     let id = region.tenant(victim, "acme").await?.id;
-    let mut tables = Vec::new();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while tables.is_empty() {
-        ensure!(Instant::now() < deadline, "no table file was written");
-        tokio::time::sleep(Duration::from_millis(200)).await;
-        tables = files_below(&region.nodes[victim].config.data_dir);
-        tables.retain(|f| {
-            f.to_string_lossy().contains(&id) && f.extension().is_some_and(|e| e == "sst")
-        });
+    // Compactions replace tables: those that stay for a while are hit.
+    let of_tenant = || {
+        let mut files = files_below(&region.nodes[victim].config.data_dir);
+        let table = |f: &Path| f.extension().is_some_and(|e| e == "sst");
+        files.retain(|f| f.to_string_lossy().contains(&id) && table(f));
+        files.sort();
+        files
+    };
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let (mut tables, mut since) = (of_tenant(), Instant::now());
+    while tables.is_empty() || since.elapsed() < Duration::from_secs(4) {
+        ensure!(Instant::now() < deadline, "the tables do not come to rest");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let now = of_tenant();
+        if now != tables {
+            (tables, since) = (now, Instant::now());
+        }
     }
     // Under the running process, which has read none of it yet.
     for table in &tables {
