@@ -275,8 +275,13 @@ impl Archiver {
             .map_err(|e| local("the node's log", e))?;
         let Some((last, _)) = read.last() else {
             // Purged beyond the cap while the bucket was away.
+            let before = tail.number;
             self.bridge(group, tail).await?;
-            return Ok(0);
+            if tail.number > before {
+                return Ok(0);
+            }
+            let missing = std::io::Error::other("entries that are not archived are not there");
+            return Err(local("the node's log", missing));
         };
         let last = *last;
         let entries: Vec<_> = read.into_iter().map(|(_, bytes)| bytes).collect();
@@ -352,8 +357,11 @@ impl Archiver {
         known: &[(u64, u64, String)],
         uploaded: &mut u64,
     ) -> Result<bool, ChainError> {
-        // It may just have been replaced by a newer one: then that is uploaded next.
-        let Ok(Some(Checkpoint { state, files })) = group.checkpoint() else {
+        let found = group.checkpoint().inspect_err(|e| {
+            // It may just have been replaced by a newer one, which is uploaded after the next link.
+            tracing::warn!(group = %group.id(), error = %e, "the checkpoint cannot be opened; it is tried again");
+        });
+        let Ok(Some(Checkpoint { state, files })) = found else {
             return Ok(false);
         };
         let Some(position) = state.applied.filter(|at| at.index > *uploaded) else {

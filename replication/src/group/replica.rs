@@ -1,8 +1,8 @@
 //! The directory of one replica.
 //!
 //! `engine-N/`: RocksDB; `ENGINE`: the number of the one in use; `snapshot/` and `snapshot.json`:
-//! the newest checkpoint, which is the Raft snapshot; `incoming-*`: what is being received or removed; `FENCED`: the chain was
-//! closed by a restore; `DAMAGED`: a scan found it so.
+//! the newest checkpoint, which is the Raft snapshot; `incoming-*`: what is being
+//! received or removed; `FENCED`: the chain was closed by a restore; `DAMAGED`: a scan found it so.
 //!
 //! Invariants. A new engine is complete and synced before `ENGINE` names it, by a rename: a crash
 //! at any moment leaves the old one or the new one in use. What nothing names is removed at start.
