@@ -9,6 +9,7 @@ pub mod admin_client;
 pub mod config;
 pub mod dev;
 pub mod directory;
+mod failpoint;
 pub mod gateway;
 pub mod limits;
 pub mod logging;

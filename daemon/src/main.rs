@@ -46,6 +46,7 @@ enum Command {
 
 #[tokio::main]
 async fn main() -> ExitCode {
+    kms::guarded::forbid_dumps();
     let _ = rustls::crypto::ring::default_provider().install_default();
     let ended = match Arguments::parse().command {
         Command::Run { config } => run(config).await,
@@ -162,6 +163,7 @@ async fn create_tenant(dir: &std::path::Path) -> Result<(), String> {
             user: "app".into(),
             password: "development".into(),
             quota_bytes: 0,
+            key_grace_s: None,
         });
         match asked.await {
             Ok(_) => return Ok(()),

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use kms::aws::AwsKms;
 use kms::local::{Keyfile, write_private};
 use kms::secret::Secret;
-use kms::{Providers, TenantId, WrappedKeyStore};
+use kms::{KeyUri, Providers, TenantId, WrappedKey, WrappedKeyStore};
 use parking_lot::RwLock;
 use replication::archive::archiver::Report;
 use replication::archive::chain::Tail;
@@ -26,17 +26,19 @@ use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 
 use crate::config::NodeConfig;
-use crate::directory::records::{LinkRecord, NodeRecord};
+use crate::directory::events::{self, Pending};
+use crate::directory::records::{LinkRecord, NodeRecord, TenantRecord};
 use crate::directory::{Directory, controller};
 use crate::limits;
 use crate::server;
-use crate::tenant::{Parts, Registry};
+use crate::tenant::key::{KeyReport, KeyStanding};
+use crate::tenant::{Parts, Registry, rotation};
 
 const PEER_CALL: Duration = Duration::from_secs(5);
 pub(crate) const LOOK: Duration = Duration::from_millis(100);
 
 /// What a node asks of another above the groups.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Question {
     /// Which group is the directory?
@@ -46,6 +48,10 @@ pub(crate) enum Question {
     Digests(GroupId),
     /// Whether this node's replica of a group holds anything.
     Holds(GroupId),
+    /// Ask for a tenant's key now.
+    ProveKey(TenantId),
+    /// How a tenant's key stands there.
+    Key(TenantId),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +81,7 @@ pub struct Node {
     archive_key: RwLock<Option<Secret>>,
     /// Links made since the directory was last told.
     links: RwLock<BTreeMap<TenantId, LinkRecord>>,
+    pub(crate) events: Pending,
     /// One restore at a time.
     pub restoring: Mutex<()>,
     tasks: parking_lot::Mutex<JoinSet<()>>,
@@ -100,12 +107,11 @@ fn node_id(dir: &Path) -> Result<u64, String> {
 async fn providers(config: &NodeConfig) -> Providers {
     let mut providers = Providers::default();
     if let Some(local) = &config.kms.local {
-        providers.local = Some(Arc::new(Keyfile::new(&local.keyfile)));
+        providers.set_local(Arc::new(Keyfile::new(&local.keyfile)), limits::KMS_RATE);
     }
     if let Some(aws) = &config.kms.aws {
-        providers.aws = Some(Arc::new(
-            AwsKms::connect(&aws.cloud_region, aws.endpoint.as_deref()).await,
-        ));
+        let kms = AwsKms::connect(&aws.cloud_region, aws.endpoint.as_deref()).await;
+        providers.set_aws(Arc::new(kms), limits::KMS_RATE);
     }
     providers
 }
@@ -163,6 +169,7 @@ impl Node {
             directory: RwLock::new(None),
             archive_key: RwLock::new(None),
             links: RwLock::default(),
+            events: Pending::default(),
             restoring: Mutex::new(()),
             tasks: parking_lot::Mutex::new(JoinSet::new()),
             config,
@@ -263,13 +270,21 @@ impl Node {
             return Ok(open);
         }
         let nothing: Report = Arc::new(|_, _| {});
-        // One voter is enough: a change is answered once it is in the bucket.
-        let group = self
+        let key: KeyUri = self.config.region_key.parse().map_err(text)?;
+        let wrapped = self
             .parts
-            .open(id, Duration::ZERO, None, nothing, 1)
-            .await?;
-        self.set_archive_key(group.keys().archive_key());
-        Ok(group)
+            .keys
+            .load(id.tenant, 1, &key)
+            .await
+            .map_err(text)?;
+        let keys = WrappedKey::unwrap(&[wrapped], &self.parts.providers).await;
+        let keys = Arc::new(keys.map_err(text)?);
+        let archive_key = keys.archive_key();
+        self.set_archive_key(archive_key.clone());
+        // One voter is enough: a change is answered once it is in the bucket.
+        self.parts
+            .open(id, Ok(keys), Duration::ZERO, archive_key, nothing, 1)
+            .await
     }
 
     /// Opens the directory here and starts what watches it.
@@ -293,6 +308,10 @@ impl Node {
         self.spawn(async move { own.serve_when_current().await });
         let own = self.clone();
         self.spawn(async move { controller::scan_replicas(own).await });
+        let own = self.clone();
+        self.spawn(async move { events::keep(own).await });
+        let own = self.clone();
+        self.spawn(async move { rotation::keep(own).await });
         Ok(())
     }
 
@@ -368,6 +387,47 @@ impl Node {
         (ended || !dir.exists()).then_some(false)
     }
 
+    /// The registered nodes of a tenant's placement.
+    pub fn placed(&self, record: &TenantRecord) -> Vec<NodeRecord> {
+        let nodes = self.directory().and_then(|d| d.nodes().ok());
+        let nodes = nodes.unwrap_or_default().into_iter().map(|f| f.record);
+        nodes
+            .filter(|n| record.placement.contains(&n.name))
+            .collect()
+    }
+
+    /// How a tenant's key stands on each node of its placement that answers.
+    pub async fn key_reports(&self, record: &TenantRecord) -> Vec<(NodeRecord, KeyReport)> {
+        let asked = self.placed(record).into_iter().map(|node| async move {
+            if node.id == self.id {
+                let report = self.key_report(record.id);
+                return Some((node, report));
+            }
+            let answer = self
+                .ask(&node.peer_address, &Question::Key(record.id))
+                .await?;
+            let report = serde_json::from_slice(&answer).ok()?;
+            Some((node, report))
+        });
+        let answered = futures::future::join_all(asked).await;
+        answered.into_iter().flatten().collect()
+    }
+
+    fn key_report(&self, tenant: TenantId) -> KeyReport {
+        let name = &self.config.name;
+        let Some(tenant) = self.tenants.find(tenant) else {
+            return KeyStanding::default().report(name, None);
+        };
+        let mut report = tenant.key.report(name, tenant.group().ok().as_deref());
+        let record = tenant.record();
+        for generation in record.needed() {
+            if let Ok(Some(copy)) = self.parts.keys.copy(record.id, generation) {
+                report.copies.push((generation, copy.key.to_string()));
+            }
+        }
+        report
+    }
+
     /// Digests of a group's recent positions on another node.
     pub async fn digests_of(
         &self,
@@ -407,6 +467,13 @@ impl DaemonCalls for Calls {
                 serde_json::to_vec(&())
             }
             Question::Holds(group) => serde_json::to_vec(&node.holds_here(group)),
+            Question::ProveKey(tenant) => {
+                if let Some(tenant) = node.tenants.find(tenant) {
+                    tenant.nudge();
+                }
+                serde_json::to_vec(&())
+            }
+            Question::Key(tenant) => serde_json::to_vec(&node.key_report(tenant)),
             Question::Digests(group) => {
                 let group = node
                     .parts
@@ -424,6 +491,10 @@ pub async fn bind(address: std::net::SocketAddr) -> Result<TcpListener, String> 
     TcpListener::bind(address)
         .await
         .map_err(|e| format!("cannot listen on {address}: {e}"))
+}
+
+fn text(e: impl std::fmt::Display) -> String {
+    e.to_string()
 }
 
 fn make_private(dir: &Path) -> std::io::Result<()> {

@@ -79,8 +79,12 @@ where
         key: key.to_string(),
         cause,
     };
-    let SdkError::ServiceError(service) = e else {
-        return unreachable(DisplayErrorContext(e).to_string());
+    let service = match e {
+        SdkError::ServiceError(service) => service,
+        SdkError::TimeoutError(_) => {
+            return unreachable(format!("no answer within {} s", CALL_TIMEOUT.as_secs()));
+        }
+        _ => return unreachable(DisplayErrorContext(e).to_string()),
     };
     let meta = service.err().meta();
     let message = meta.message().unwrap_or_default();
@@ -138,5 +142,26 @@ impl Provider for AwsKms {
         plain
             .map(|b| Zeroizing::new(b.into_inner()))
             .ok_or_else(|| KmsError::Invalid(format!("the KMS of {key} answered no plaintext")))
+    }
+
+    async fn locations(&self, key: &KeyUri) -> Result<Vec<String>, KmsError> {
+        let answer = self
+            .client
+            .describe_key()
+            .key_id(arn(key)?)
+            .send()
+            .await
+            .map_err(|e| error(key, &e))?;
+        let described = answer
+            .key_metadata()
+            .and_then(|m| m.multi_region_configuration());
+        let described = described.ok_or_else(|| {
+            KmsError::Invalid(format!(
+                "the KMS of {key} does not say where its replicas lie"
+            ))
+        })?;
+        let primary = described.primary_key().into_iter();
+        let all = primary.chain(described.replica_keys());
+        Ok(all.filter_map(|k| k.region().map(String::from)).collect())
     }
 }

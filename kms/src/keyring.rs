@@ -2,6 +2,10 @@
 //! which never rotates and from which the digest key and the token key come.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use parking_lot::RwLock;
 
 use crate::{Secret, TenantId};
 
@@ -9,10 +13,14 @@ use crate::{Secret, TenantId};
 pub struct TenantKeys {
     tenant: TenantId,
     secret: Secret,
-    generations: BTreeMap<u32, Secret>,
+    generations: RwLock<BTreeMap<u32, Arc<Secret>>>,
+    /// Under which new bytes are sealed.
+    sealing: AtomicU32,
 }
 
 impl TenantKeys {
+    /// New bytes are sealed under the newest of `generations`.
+    ///
     /// # Panics
     /// If `generations` is empty: a tenant without a data key does not exist.
     pub fn new(
@@ -20,12 +28,16 @@ impl TenantKeys {
         secret: Secret,
         generations: impl IntoIterator<Item = (u32, Secret)>,
     ) -> Self {
-        let generations: BTreeMap<_, _> = generations.into_iter().collect();
-        assert!(!generations.is_empty(), "a tenant has a data key");
+        let generations: BTreeMap<_, _> = generations
+            .into_iter()
+            .map(|(number, key)| (number, Arc::new(key)))
+            .collect();
+        let newest = generations.last_key_value().map(|(number, _)| *number);
         TenantKeys {
             tenant,
             secret,
-            generations,
+            sealing: AtomicU32::new(newest.expect("a tenant has a data key")),
+            generations: RwLock::new(generations),
         }
     }
 
@@ -33,14 +45,52 @@ impl TenantKeys {
         self.tenant
     }
 
-    /// The newest generation, under which new bytes are sealed.
-    pub fn newest(&self) -> (u32, &Secret) {
-        let (generation, key) = self.generations.last_key_value().expect("never empty");
-        (*generation, key)
+    /// The generation under which new bytes are sealed.
+    pub fn sealing(&self) -> u32 {
+        self.sealing.load(Ordering::Acquire)
     }
 
-    pub fn generation(&self, generation: u32) -> Option<&Secret> {
-        self.generations.get(&generation)
+    /// That generation and its key.
+    pub fn newest(&self) -> (u32, Arc<Secret>) {
+        let number = self.sealing();
+        let key = self.generation(number);
+        (number, key.expect("the generation that seals is held"))
+    }
+
+    pub fn generation(&self, generation: u32) -> Option<Arc<Secret>> {
+        self.generations.read().get(&generation).cloned()
+    }
+
+    /// Generations held, oldest first.
+    pub fn held(&self) -> Vec<u32> {
+        self.generations.read().keys().copied().collect()
+    }
+
+    /// Takes in another generation; what is sealed under it can be opened from now on.
+    pub fn add(&self, generation: u32, key: Secret) {
+        let mut generations = self.generations.write();
+        generations
+            .entry(generation)
+            .or_insert_with(|| Arc::new(key));
+    }
+
+    /// Seals new bytes under `generation` from now on, if it is held.
+    pub fn seal_under(&self, generation: u32) {
+        if self.generation(generation).is_some() {
+            self.sealing.store(generation, Ordering::Release);
+        }
+    }
+
+    /// Lets go of every generation before `oldest`.
+    pub fn drop_before(&self, oldest: u32) {
+        let oldest = oldest.min(self.sealing());
+        let mut generations = self.generations.write();
+        *generations = generations.split_off(&oldest);
+    }
+
+    /// Wrapped beside each data key.
+    pub(crate) fn secret(&self) -> &Secret {
+        &self.secret
     }
 
     /// Keys the digests of the tenant's state.

@@ -6,20 +6,25 @@
 //! sealing that turns plaintext into the only form that logs, peers and buckets ever see.
 
 pub mod aws;
+pub mod guarded;
 pub mod jurisdiction;
 pub mod keyring;
+pub mod lease;
 pub mod local;
+mod meter;
 pub mod provider;
 pub mod seal;
 pub mod secret;
 pub mod wrapped;
 
+pub use guarded::Guarded;
 pub use jurisdiction::Region;
 pub use keyring::TenantKeys;
+pub use lease::{Lease, Probe};
 pub use provider::{Context, KeyUri, KmsError, Provider, Providers, Refusal};
 pub use seal::{Opener, Purpose, SealError, Sealer};
 pub use secret::Secret;
-pub use wrapped::{WrappedKey, WrappedKeyStore};
+pub use wrapped::{WrappedKey, WrappedKeyError, WrappedKeyStore};
 
 use serde::{Deserialize, Serialize};
 

@@ -16,6 +16,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, Zeroizing};
 
+use crate::guarded::Guarded;
 use crate::secret::random_bytes;
 use crate::{Context, KeyUri, KmsError, Provider, Refusal, Secret};
 
@@ -126,7 +127,7 @@ impl Keyfile {
     }
 
     /// The cipher of an enabled key.
-    fn cipher(&self, key: &KeyUri) -> Result<Aes256Gcm, KmsError> {
+    fn cipher(&self, key: &KeyUri) -> Result<Guarded<Aes256Gcm>, KmsError> {
         let KeyUri::Local(name) = key else {
             return Err(self.invalid(format!("{key} is not a local key")));
         };
@@ -145,7 +146,7 @@ impl Keyfile {
         let bytes = Zeroizing::new(hex::decode(&entry.material).unwrap_or_default());
         let secret = Secret::from_slice(&bytes)
             .ok_or_else(|| self.invalid(format!("key {name} is not 64 hex digits")))?;
-        Ok(Aes256Gcm::new(secret.expose().into()))
+        Ok(Guarded::new(|| Aes256Gcm::new(secret.expose().into())))
     }
 }
 
@@ -204,6 +205,10 @@ impl Provider for Keyfile {
             )
             .map_err(|_| wrong())?;
         Ok(out)
+    }
+
+    async fn locations(&self, _key: &KeyUri) -> Result<Vec<String>, KmsError> {
+        Ok(Vec::new())
     }
 }
 

@@ -6,12 +6,15 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use zeroize::Zeroizing;
 
+use crate::lease::boottime;
+use crate::meter::Meter;
 use crate::{Region, TenantId};
 
 /// Why a KMS refused: each is proof that the key is not to be used now.
@@ -82,8 +85,12 @@ pub enum KeyUri {
 }
 
 impl KeyUri {
-    /// Refuses a key outside `region`. A multi-region key (`mrk-`) is refused, because its replicas
-    /// are not checked yet.
+    /// Whether it may have replicas in other cloud regions.
+    pub fn is_multi_region(&self) -> bool {
+        matches!(self, KeyUri::Aws { arn, .. } if arn.contains(":key/mrk-"))
+    }
+
+    /// Refuses a key whose name says that it lies outside `region`.
     pub fn check_jurisdiction(&self, region: Region) -> Result<(), KmsError> {
         let KeyUri::Aws { arn, cloud_region } = self else {
             return Ok(());
@@ -91,11 +98,6 @@ impl KeyUri {
         region
             .admits(&format!("KMS key {arn}"), cloud_region)
             .map_err(KmsError::Invalid)?;
-        if arn.contains(":key/mrk-") {
-            return Err(KmsError::Invalid(format!(
-                "KMS key {arn} is a multi-region key, whose replicas may lie outside {region}; use a single-region key"
-            )));
-        }
         Ok(())
     }
 }
@@ -193,17 +195,50 @@ pub trait Provider: Send + Sync {
         wrapped: &[u8],
         ctx: &Context,
     ) -> Result<Zeroizing<Vec<u8>>, KmsError>;
+    /// The cloud regions that hold the key or a replica of it, as the KMS says; none for a key that
+    /// is in no cloud.
+    async fn locations(&self, key: &KeyUri) -> Result<Vec<String>, KmsError>;
 }
 
-/// The providers a node is configured with, by kind of key.
+/// The providers a node is configured with, by kind of key. Every call goes through the provider's
+/// meter.
 #[derive(Clone, Default)]
 pub struct Providers {
-    pub local: Option<Arc<dyn Provider>>,
-    pub aws: Option<Arc<dyn Provider>>,
+    local: Option<Arc<Metered>>,
+    aws: Option<Arc<Metered>>,
+}
+
+/// A provider and the rate at which it is asked.
+struct Metered {
+    provider: Arc<dyn Provider>,
+    meter: Meter,
+}
+
+impl Metered {
+    /// Tells the meter whether there was an answer.
+    fn noted<T>(&self, answer: Result<T, KmsError>) -> Result<T, KmsError> {
+        self.meter.answered(match &answer {
+            Err(KmsError::Unreachable { cause, .. }) => Some(cause),
+            _ => None,
+        });
+        answer
+    }
 }
 
 impl Providers {
-    pub fn of(&self, key: &KeyUri) -> Result<&Arc<dyn Provider>, KmsError> {
+    /// `rate`: calls a second, at most.
+    pub fn set_local(&mut self, provider: Arc<dyn Provider>, rate: f64) {
+        let meter = Meter::new(rate);
+        self.local = Some(Arc::new(Metered { provider, meter }));
+    }
+
+    /// `rate`: calls a second, at most.
+    pub fn set_aws(&mut self, provider: Arc<dyn Provider>, rate: f64) {
+        let meter = Meter::new(rate);
+        self.aws = Some(Arc::new(Metered { provider, meter }));
+    }
+
+    fn of(&self, key: &KeyUri) -> Result<&Arc<Metered>, KmsError> {
         let (provider, section) = match key {
             KeyUri::Local(_) => (&self.local, "[kms.local]"),
             KeyUri::Aws { .. } => (&self.aws, "[kms.aws]"),
@@ -213,6 +248,70 @@ impl Providers {
                 "no provider for key {key}: node.toml has no {section} section"
             ))
         })
+    }
+
+    /// The provider of `key`, once it is this call's turn.
+    async fn turn(&self, key: &KeyUri) -> Result<&Metered, KmsError> {
+        let of = self.of(key)?;
+        let turn = of.meter.turn().await;
+        turn.map_err(|cause| KmsError::Unreachable {
+            key: key.to_string(),
+            cause,
+        })?;
+        Ok(of)
+    }
+
+    pub async fn wrap(
+        &self,
+        key: &KeyUri,
+        plain: &[u8],
+        ctx: &Context,
+    ) -> Result<Vec<u8>, KmsError> {
+        let of = self.turn(key).await?;
+        of.noted(of.provider.wrap(key, plain, ctx).await)
+    }
+
+    /// Answers the plaintext, and when the KMS was asked, on the clock of `boottime`.
+    pub async fn unwrap(
+        &self,
+        key: &KeyUri,
+        wrapped: &[u8],
+        ctx: &Context,
+    ) -> Result<(Zeroizing<Vec<u8>>, Duration), KmsError> {
+        let of = self.turn(key).await?;
+        let sent = boottime();
+        let plain = of.noted(of.provider.unwrap(key, wrapped, ctx).await)?;
+        Ok((plain, sent))
+    }
+
+    /// Refuses a key that is not wholly inside `region`; answers the cloud regions it lies in. The
+    /// KMS is asked about keys that may have replicas.
+    pub async fn check_jurisdiction(
+        &self,
+        key: &KeyUri,
+        region: Region,
+    ) -> Result<Vec<String>, KmsError> {
+        let KeyUri::Aws { arn, cloud_region } = key else {
+            return Ok(Vec::new());
+        };
+        key.check_jurisdiction(region)?;
+        if !key.is_multi_region() {
+            return Ok(vec![cloud_region.clone()]);
+        }
+        let of = self.turn(key).await?;
+        let found = of.noted(of.provider.locations(key).await)?;
+        for place in &found {
+            region
+                .admits(&format!("a replica of multi-region KMS key {arn}"), place)
+                .map_err(KmsError::Invalid)?;
+        }
+        Ok(found)
+    }
+
+    /// Calls made so far, of both kinds of keys.
+    pub fn calls(&self) -> u64 {
+        let of = [&self.local, &self.aws].into_iter().flatten();
+        of.map(|p| p.meter.calls()).sum()
     }
 }
 
@@ -245,7 +344,46 @@ mod tests {
             e.contains("eu-west-2") && e.contains("jurisdiction eu"),
             "{e}"
         );
-        let multi: KeyUri = "arn:aws:kms:eu-west-1:1:key/mrk-1".parse().unwrap();
-        assert!(multi.check_jurisdiction(Region::Eu).is_err());
+    }
+
+    /// A KMS that answers where a multi-region key lies.
+    struct Placed(Vec<String>);
+
+    #[async_trait]
+    impl Provider for Placed {
+        async fn wrap(&self, _: &KeyUri, _: &[u8], _: &Context) -> Result<Vec<u8>, KmsError> {
+            Err(KmsError::Invalid("not asked here".into()))
+        }
+        async fn unwrap(
+            &self,
+            _: &KeyUri,
+            _: &[u8],
+            _: &Context,
+        ) -> Result<Zeroizing<Vec<u8>>, KmsError> {
+            Err(KmsError::Invalid("not asked here".into()))
+        }
+        async fn locations(&self, _: &KeyUri) -> Result<Vec<String>, KmsError> {
+            Ok(self.0.clone())
+        }
+    }
+
+    #[tokio::test]
+    async fn replicas_of_a_multi_region_key_are_checked() {
+        let key: KeyUri = "arn:aws:kms:eu-west-1:1:key/mrk-1".parse().unwrap();
+        let asked = |places: &[&str]| {
+            let mut providers = Providers::default();
+            let places = places.iter().map(|p| p.to_string()).collect();
+            providers.set_aws(Arc::new(Placed(places)), 100.0);
+            providers
+        };
+        let inside = asked(&["eu-west-1", "eu-north-1"]);
+        assert!(inside.check_jurisdiction(&key, Region::Eu).await.is_ok());
+        let outside = asked(&["eu-west-1", "us-east-1"]);
+        let refused = outside.check_jurisdiction(&key, Region::Eu).await;
+        let why = refused.unwrap_err().to_string();
+        assert!(
+            why.contains("us-east-1") && why.contains("jurisdiction eu"),
+            "{why}"
+        );
     }
 }

@@ -16,6 +16,7 @@ use aes_gcm::{Aes256Gcm, KeyInit};
 use parking_lot::RwLock;
 use thiserror::Error;
 
+use crate::guarded::Guarded;
 use crate::secret::{Secret, random_bytes};
 use crate::{TenantId, TenantKeys};
 
@@ -65,8 +66,9 @@ fn associated_data(tenant: TenantId, incarnation: u32, purpose: Purpose) -> Vec<
     aad
 }
 
-fn cipher(key: &Secret, salt: &[u8; 16], purpose: Purpose) -> Aes256Gcm {
-    Aes256Gcm::new(key.derive(salt, purpose.label()).expose().into())
+fn cipher(key: &Secret, salt: &[u8; 16], purpose: Purpose) -> Guarded<Aes256Gcm> {
+    let derived = key.derive(salt, purpose.label());
+    Guarded::new(|| Aes256Gcm::new(derived.expose().into()))
 }
 
 fn nonce(counter: u64) -> [u8; 12] {
@@ -80,7 +82,7 @@ pub struct Sealer {
     generation: u32,
     salt: [u8; 16],
     counter: AtomicU64,
-    cipher: Aes256Gcm,
+    cipher: Guarded<Aes256Gcm>,
     aad: Vec<u8>,
 }
 
@@ -96,9 +98,14 @@ impl Sealer {
             generation,
             salt,
             counter: AtomicU64::new(0),
-            cipher: cipher(key, &salt, purpose),
+            cipher: cipher(&key, &salt, purpose),
             aad: associated_data(keys.tenant(), incarnation, purpose),
         }
+    }
+
+    /// The generation that it seals under.
+    pub fn generation(&self) -> u32 {
+        self.generation
     }
 
     pub fn seal(&self, plain: &[u8]) -> Vec<u8> {
@@ -124,7 +131,7 @@ impl Sealer {
 }
 
 /// Ciphers by key generation and salt.
-type Derived = HashMap<(u32, [u8; 16]), Arc<Aes256Gcm>>;
+type Derived = HashMap<(u32, [u8; 16]), Arc<Guarded<Aes256Gcm>>>;
 
 /// Opens what sealers of one tenant, incarnation and purpose made, in any generation held.
 pub struct Opener {
@@ -163,7 +170,11 @@ impl Opener {
         Ok(out)
     }
 
-    fn derived(&self, generation: u32, salt: [u8; 16]) -> Result<Arc<Aes256Gcm>, SealError> {
+    fn derived(
+        &self,
+        generation: u32,
+        salt: [u8; 16],
+    ) -> Result<Arc<Guarded<Aes256Gcm>>, SealError> {
         if let Some(c) = self.derived.read().get(&(generation, salt)) {
             return Ok(c.clone());
         }
@@ -171,7 +182,7 @@ impl Opener {
             .keys
             .generation(generation)
             .ok_or(SealError::UnknownGeneration(generation))?;
-        let made = Arc::new(cipher(key, &salt, self.purpose));
+        let made = Arc::new(cipher(&key, &salt, self.purpose));
         let mut derived = self.derived.write();
         if derived.len() >= MAX_OPENERS {
             derived.clear();

@@ -3,25 +3,31 @@
 use hkdf::Hkdf;
 use rand::TryRngCore;
 use sha2::Sha256;
-use zeroize::Zeroizing;
 
-/// 256 bits of key material. `Debug` prints no bytes; memory is overwritten on drop.
-#[derive(Clone)]
-pub struct Secret(Zeroizing<[u8; 32]>);
+use crate::guarded::{Guarded, burn_stack};
+
+/// 256 bits of key material in guarded memory. `Debug` prints no bytes.
+pub struct Secret(Guarded<[u8; 32]>);
 
 impl Secret {
+    fn filled(fill: impl FnOnce(&mut [u8; 32])) -> Self {
+        let mut own = Guarded::new(|| [0u8; 32]);
+        fill(&mut own);
+        burn_stack();
+        Secret(own)
+    }
+
     pub fn random() -> Self {
-        Secret(Zeroizing::new(random_bytes()))
+        Self::filled(|own| {
+            rand::rngs::OsRng
+                .try_fill_bytes(own)
+                .expect("the kernel's random generator answers");
+        })
     }
 
     /// Takes exactly 32 bytes; the caller's copy stays the caller's to overwrite.
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
-        let mut own = Zeroizing::new([0u8; 32]);
-        if bytes.len() != own.len() {
-            return None;
-        }
-        own.copy_from_slice(bytes);
-        Some(Secret(own))
+        (bytes.len() == 32).then(|| Self::filled(|own| own.copy_from_slice(bytes)))
     }
 
     pub fn expose(&self) -> &[u8; 32] {
@@ -30,16 +36,22 @@ impl Secret {
 
     /// HKDF-SHA256 with `salt` and `label`. Labels keep purposes apart.
     pub fn derive(&self, salt: &[u8], label: &[u8]) -> Secret {
-        let mut out = Zeroizing::new([0u8; 32]);
-        Hkdf::<Sha256>::new(Some(salt), self.0.as_ref())
-            .expand(label, out.as_mut())
-            .expect("32 bytes is a valid HKDF-SHA256 output length");
-        Secret(out)
+        Self::filled(|own| {
+            Hkdf::<Sha256>::new(Some(salt), self.expose())
+                .expand(label, own)
+                .expect("32 bytes is a valid HKDF-SHA256 output length");
+        })
     }
 
     /// What names a key without telling it: the first 16 hex digits of a derived value.
     pub fn fingerprint(&self) -> String {
         hex::encode(&self.derive(b"", b"holdfast/v1/fingerprint").expose()[..8])
+    }
+}
+
+impl Clone for Secret {
+    fn clone(&self) -> Self {
+        Self::filled(|own| own.copy_from_slice(self.expose()))
     }
 }
 

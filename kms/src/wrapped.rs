@@ -3,11 +3,13 @@
 //!
 //! A generation is durable in the bucket before the first byte is sealed under it. Wrapped keys
 //! are never in a log, a checkpoint or a chain, so that destroying them destroys the tenant. The
-//! node's copy lets a replica start while the bucket is away.
+//! node's copy lets a replica start while the bucket is away. Wrapping a generation anew under
+//! another KMS key replaces the object; a copy under the old key is taken for stale.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use futures::TryStreamExt;
 use object_store::path::Path as ObjectPath;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 use serde::{Deserialize, Serialize};
@@ -47,40 +49,86 @@ pub enum WrappedKeyError {
     Invalid { object: String, what: String },
 }
 
+/// A generation in clear.
+struct Unwrapped {
+    generation: u32,
+    data_key: Secret,
+    secret: Secret,
+}
+
 impl WrappedKey {
-    /// Draws fresh keys and wraps them under `key`. Nothing is stored yet.
+    /// Draws the keys of a new tenant and wraps them under `key`. Nothing is stored yet.
     pub async fn create(
         providers: &Providers,
         key: &KeyUri,
         tenant: TenantId,
         region: Region,
     ) -> Result<(WrappedKey, TenantKeys), KmsError> {
-        key.check_jurisdiction(region)?;
         let (data_key, secret) = (Secret::random(), Secret::random());
+        let own = Unwrapped {
+            generation: 1,
+            data_key,
+            secret,
+        };
+        let record = Self::wrap(providers, key, tenant, region, &own).await?;
+        let keys = TenantKeys::new(tenant, own.secret, [(1, own.data_key)]);
+        Ok((record, keys))
+    }
+
+    /// Draws a data key for another generation of a tenant and wraps it under `key`. Nothing is
+    /// stored yet, and `keys` does not change.
+    pub async fn next(
+        providers: &Providers,
+        key: &KeyUri,
+        keys: &TenantKeys,
+        region: Region,
+        generation: u32,
+    ) -> Result<WrappedKey, KmsError> {
+        let own = Unwrapped {
+            generation,
+            data_key: Secret::random(),
+            secret: keys.secret().clone(),
+        };
+        Self::wrap(providers, key, keys.tenant(), region, &own).await
+    }
+
+    /// The same generation under another KMS key.
+    pub async fn rewrap(&self, providers: &Providers, key: &KeyUri) -> Result<Self, KmsError> {
+        let own = self.open(providers).await?;
+        Self::wrap(providers, key, self.tenant, self.region, &own).await
+    }
+
+    async fn wrap(
+        providers: &Providers,
+        key: &KeyUri,
+        tenant: TenantId,
+        region: Region,
+        own: &Unwrapped,
+    ) -> Result<WrappedKey, KmsError> {
+        providers.check_jurisdiction(key, region).await?;
         let mut plain = Zeroizing::new([0u8; 64]);
-        plain[..32].copy_from_slice(data_key.expose());
-        plain[32..].copy_from_slice(secret.expose());
+        plain[..32].copy_from_slice(own.data_key.expose());
+        plain[32..].copy_from_slice(own.secret.expose());
         let ctx = Context {
             tenant,
             region,
             purpose: PURPOSE,
         };
-        let wrapped = providers.of(key)?.wrap(key, plain.as_ref(), &ctx).await?;
-        let record = WrappedKey {
+        let wrapped = providers.wrap(key, plain.as_ref(), &ctx).await?;
+        Ok(WrappedKey {
             version: VERSION,
             tenant,
             region,
-            generation: 1,
+            generation: own.generation,
             key: key.clone(),
-            fingerprint: data_key.fingerprint(),
+            fingerprint: own.data_key.fingerprint(),
             wrapped: hex::encode(wrapped),
-        };
-        Ok((record, TenantKeys::new(tenant, secret, [(1, data_key)])))
+        })
     }
 
     /// Asks the KMS to unwrap it; checks the fingerprint.
-    pub async fn unwrap(&self, providers: &Providers) -> Result<TenantKeys, KmsError> {
-        self.key.check_jurisdiction(self.region)?;
+    async fn open(&self, providers: &Providers) -> Result<Unwrapped, KmsError> {
+        providers.check_jurisdiction(&self.key, self.region).await?;
         let ctx = Context {
             tenant: self.tenant,
             region: self.region,
@@ -90,10 +138,7 @@ impl WrappedKey {
             key: self.key.to_string(),
         };
         let wrapped = hex::decode(&self.wrapped).map_err(|_| wrong())?;
-        let plain = providers
-            .of(&self.key)?
-            .unwrap(&self.key, &wrapped, &ctx)
-            .await?;
+        let (plain, _) = providers.unwrap(&self.key, &wrapped, &ctx).await?;
         if plain.len() != 64 {
             return Err(wrong());
         }
@@ -102,14 +147,51 @@ impl WrappedKey {
         if data_key.fingerprint() != self.fingerprint {
             return Err(wrong());
         }
-        Ok(TenantKeys::new(
-            self.tenant,
+        Ok(Unwrapped {
+            generation: self.generation,
+            data_key,
             secret,
-            [(self.generation, data_key)],
-        ))
+        })
     }
 
-    fn parse(bytes: &[u8], object: &str, tenant: TenantId) -> Result<Self, WrappedKeyError> {
+    /// Unwraps this generation into `keys`, which goes on sealing under the one it did.
+    pub async fn unwrap_into(
+        &self,
+        providers: &Providers,
+        keys: &TenantKeys,
+    ) -> Result<(), KmsError> {
+        let own = self.open(providers).await?;
+        if own.secret.expose() != keys.secret().expose() {
+            return Err(KmsError::WrongCiphertext {
+                key: self.key.to_string(),
+            });
+        }
+        keys.add(own.generation, own.data_key);
+        Ok(())
+    }
+
+    /// Unwraps all of a tenant's generations.
+    pub async fn unwrap(
+        generations: &[WrappedKey],
+        providers: &Providers,
+    ) -> Result<TenantKeys, KmsError> {
+        let Some((newest, older)) = generations.split_last() else {
+            return Err(KmsError::Invalid("the tenant has no key generation".into()));
+        };
+        let own = newest.open(providers).await?;
+        let keys = TenantKeys::new(newest.tenant, own.secret, [(own.generation, own.data_key)]);
+        for key in older {
+            key.unwrap_into(providers, &keys).await?;
+        }
+        Ok(keys)
+    }
+
+    fn parse(
+        bytes: &[u8],
+        object: &str,
+        tenant: TenantId,
+        generation: u32,
+    ) -> Result<Self, WrappedKeyError> {
         let invalid = |what: String| WrappedKeyError::Invalid {
             object: object.to_string(),
             what,
@@ -125,6 +207,12 @@ impl WrappedKey {
             return Err(invalid(format!(
                 "it is tenant {}'s, not {tenant}'s",
                 key.tenant
+            )));
+        }
+        if key.generation != generation {
+            return Err(invalid(format!(
+                "it is generation {}, not {generation}",
+                key.generation
             )));
         }
         Ok(key)
@@ -146,70 +234,128 @@ impl WrappedKeyStore {
         }
     }
 
-    fn object(tenant: TenantId) -> ObjectPath {
-        ObjectPath::from(format!("tenants/{tenant}/keys/{:010}", 1))
+    fn object(tenant: TenantId, generation: u32) -> ObjectPath {
+        ObjectPath::from(format!("tenants/{tenant}/keys/{generation:010}"))
     }
 
-    fn file(&self, tenant: TenantId) -> PathBuf {
-        self.dir.join(format!("{tenant}-1.json"))
+    fn file(&self, tenant: TenantId, generation: u32) -> PathBuf {
+        self.dir.join(format!("{tenant}-{generation}.json"))
     }
 
     /// Stores a new generation in the bucket, exclusively, then on this node.
     pub async fn create(&self, key: &WrappedKey) -> Result<(), WrappedKeyError> {
-        let object = Self::object(key.tenant);
-        let bytes = to_json(key);
-        self.bucket
-            .put_opts(
-                &object,
-                PutPayload::from(bytes.clone()),
-                PutMode::Create.into(),
-            )
-            .await
-            .map_err(|e| WrappedKeyError::Store {
-                object: object.to_string(),
-                cause: e.to_string(),
-            })?;
-        self.remember(key.tenant, &bytes)
+        self.put(key, PutMode::Create).await
     }
 
-    /// Reads a tenant's wrapped key: this node's copy, else the bucket's, which is then kept.
-    pub async fn load(&self, tenant: TenantId) -> Result<WrappedKey, WrappedKeyError> {
-        let file = self.file(tenant);
-        match std::fs::read(&file) {
-            Ok(bytes) => WrappedKey::parse(&bytes, &file_name(&file), tenant),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => self.fetch(tenant).await,
-            Err(e) => Err(WrappedKeyError::Store {
-                object: file_name(&file),
-                cause: e.to_string(),
-            }),
+    /// Stores a generation that was wrapped anew in the place of the one before.
+    pub async fn replace(&self, key: &WrappedKey) -> Result<(), WrappedKeyError> {
+        self.put(key, PutMode::Overwrite).await
+    }
+
+    async fn put(&self, key: &WrappedKey, mode: PutMode) -> Result<(), WrappedKeyError> {
+        let object = Self::object(key.tenant, key.generation);
+        let bytes = to_json(key);
+        self.bucket
+            .put_opts(&object, PutPayload::from(bytes.clone()), mode.into())
+            .await
+            .map_err(|e| store_error(&object, &e))?;
+        self.remember(key.tenant, key.generation, &bytes)
+    }
+
+    /// Reads a generation: this node's copy, else the bucket's, which is then kept. A copy under
+    /// another KMS key than `under` is stale, and serves only while the bucket is away.
+    pub async fn load(
+        &self,
+        tenant: TenantId,
+        generation: u32,
+        under: &KeyUri,
+    ) -> Result<WrappedKey, WrappedKeyError> {
+        let Some(copy) = self.copy(tenant, generation)? else {
+            return self.fetch(tenant, generation).await;
+        };
+        if copy.key == *under {
+            return Ok(copy);
+        }
+        match self.fetch(tenant, generation).await {
+            Err(WrappedKeyError::Store { .. }) => Ok(copy),
+            found => found,
         }
     }
 
-    /// Reads a tenant's wrapped key from the bucket and keeps it on this node.
-    pub async fn fetch(&self, tenant: TenantId) -> Result<WrappedKey, WrappedKeyError> {
-        let object = Self::object(tenant);
+    /// This node's copy of a generation.
+    pub fn copy(
+        &self,
+        tenant: TenantId,
+        generation: u32,
+    ) -> Result<Option<WrappedKey>, WrappedKeyError> {
+        let file = self.file(tenant, generation);
+        match std::fs::read(&file) {
+            Ok(bytes) => WrappedKey::parse(&bytes, &file_name(&file), tenant, generation).map(Some),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(file_error(&file, &e)),
+        }
+    }
+
+    /// Reads a generation from the bucket and keeps it on this node.
+    pub async fn fetch(
+        &self,
+        tenant: TenantId,
+        generation: u32,
+    ) -> Result<WrappedKey, WrappedKeyError> {
+        let object = Self::object(tenant, generation);
         let store = |e: object_store::Error| match e {
             object_store::Error::NotFound { .. } => WrappedKeyError::Missing(object.to_string()),
-            e => WrappedKeyError::Store {
-                object: object.to_string(),
-                cause: e.to_string(),
-            },
+            e => store_error(&object, &e),
         };
         let got = self.bucket.get(&object).await.map_err(store)?;
         let bytes = got.bytes().await.map_err(store)?;
-        let key = WrappedKey::parse(&bytes, object.as_ref(), tenant)?;
-        self.remember(tenant, &bytes)?;
+        let key = WrappedKey::parse(&bytes, object.as_ref(), tenant, generation)?;
+        self.remember(tenant, generation, &bytes)?;
         Ok(key)
     }
 
-    fn remember(&self, tenant: TenantId, bytes: &[u8]) -> Result<(), WrappedKeyError> {
-        let file = self.file(tenant);
+    /// Reads every generation that the bucket has, oldest first, and keeps them on this node.
+    pub async fn fetch_all(&self, tenant: TenantId) -> Result<Vec<WrappedKey>, WrappedKeyError> {
+        let dir = ObjectPath::from(format!("tenants/{tenant}/keys"));
+        let listed: Result<Vec<_>, _> = self.bucket.list(Some(&dir)).try_collect().await;
+        let listed = listed.map_err(|e| store_error(&dir, &e))?;
+        let number = |meta: &object_store::ObjectMeta| meta.location.filename()?.parse().ok();
+        let mut numbers: Vec<u32> = listed.iter().filter_map(number).collect();
+        numbers.sort_unstable();
+        let mut keys = Vec::new();
+        for generation in numbers {
+            keys.push(self.fetch(tenant, generation).await?);
+        }
+        match keys.is_empty() {
+            true => Err(WrappedKeyError::Missing(dir.to_string())),
+            false => Ok(keys),
+        }
+    }
+
+    fn remember(
+        &self,
+        tenant: TenantId,
+        generation: u32,
+        bytes: &[u8],
+    ) -> Result<(), WrappedKeyError> {
+        let file = self.file(tenant, generation);
         std::fs::create_dir_all(&self.dir)
             .and_then(|()| write_private(&file, bytes))
-            .map_err(|e| WrappedKeyError::Store {
-                object: file_name(&file),
-                cause: e.to_string(),
-            })
+            .map_err(|e| file_error(&file, &e))
+    }
+}
+
+fn store_error(object: &ObjectPath, e: &object_store::Error) -> WrappedKeyError {
+    WrappedKeyError::Store {
+        object: object.to_string(),
+        cause: e.to_string(),
+    }
+}
+
+fn file_error(file: &Path, e: &std::io::Error) -> WrappedKeyError {
+    WrappedKeyError::Store {
+        object: file_name(file),
+        cause: e.to_string(),
     }
 }
 

@@ -29,6 +29,17 @@ pub enum Command {
         #[command(subcommand)]
         command: TenantCommand,
     },
+    /// A tenant's key: a new data key, or another KMS key.
+    Key {
+        #[command(subcommand)]
+        command: KeyCommand,
+    },
+    /// What happened to tenants: sealed, resumed, rotated.
+    Events {
+        /// Of this tenant only.
+        #[arg(long)]
+        tenant: Option<String>,
+    },
     /// How each node stands.
     Node,
     /// Restores from the bucket.
@@ -87,7 +98,35 @@ pub enum KeyfileCommand {
 pub enum TenantCommand {
     Create(Create),
     List,
-    Show { name: String },
+    Show {
+        name: String,
+    },
+    /// Changes what a tenant's record says.
+    Set(Set),
+}
+
+#[derive(Args)]
+pub struct Set {
+    pub name: String,
+    /// How long it is served while its KMS does not answer: 0s to 24h.
+    #[arg(long)]
+    pub key_grace: Option<String>,
+    /// Days between scheduled rotations of the data key; 0 for none.
+    #[arg(long)]
+    pub rotate_days: Option<u32>,
+}
+
+#[derive(Subcommand)]
+pub enum KeyCommand {
+    /// Makes a new data key: new writes use it at once, what is older stays readable.
+    Rotate { tenant: String },
+    /// Moves the tenant to another KMS key, of any provider. Once it is done the old key can go.
+    Change {
+        tenant: String,
+        /// local:NAME or arn:aws:kms:REGION:ACCOUNT:key/ID.
+        #[arg(long)]
+        key: String,
+    },
 }
 
 #[derive(Args)]
@@ -114,6 +153,9 @@ pub struct Create {
     /// Bytes of keys and values, all versions; the default if not given.
     #[arg(long)]
     pub quota: Option<u64>,
+    /// How long the tenant is served while its KMS does not answer: 0s to 24h; 10m if not given.
+    #[arg(long)]
+    pub key_grace: Option<String>,
 }
 
 #[derive(Subcommand)]

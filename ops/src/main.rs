@@ -2,6 +2,7 @@
 
 mod args;
 mod init;
+mod key;
 mod keyfile;
 mod restore;
 mod table;
@@ -20,6 +21,8 @@ async fn main() -> ExitCode {
         Command::Init(init) => init::run(init),
         Command::Keyfile { command } => keyfile::run(command),
         Command::Tenant { command } => tenant::run(&arguments.config, command).await,
+        Command::Key { command } => key::run(&arguments.config, command).await,
+        Command::Events { tenant } => key::events(&arguments.config, tenant).await,
         Command::Node => tenant::node(&arguments.config).await,
         Command::Restore { command } => restore::run(&arguments.config, command).await,
     };

@@ -5,13 +5,14 @@ use std::process::ExitCode;
 
 use daemon::admin_client::OperatorConfig;
 use daemon::proto::admin::{
-    CreateTenantRequest, ListTenantsRequest, NodeStatusRequest, ShowTenantRequest, Tenant,
+    CreateTenantRequest, KeyReport, ListTenantsRequest, NodeStatusRequest, SetTenantRequest,
+    ShowTenantRequest, Tenant,
 };
 
 use crate::args::{Create, TenantCommand, milliseconds};
 use crate::table;
 
-fn said(e: tonic::Status) -> String {
+pub fn said(e: tonic::Status) -> String {
     e.message().to_string()
 }
 
@@ -64,8 +65,21 @@ pub async fn run(config: &Path, command: TenantCommand) -> Result<ExitCode, Stri
                 .into_inner();
             show(&tenant);
         }
+        TenantCommand::Set(set) => {
+            let request = SetTenantRequest {
+                name: set.name,
+                key_grace_s: set.key_grace.as_deref().map(seconds).transpose()?,
+                rotate_days: set.rotate_days,
+            };
+            show(&client.set_tenant(request).await.map_err(said)?.into_inner());
+        }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whole seconds of a duration.
+fn seconds(text: &str) -> Result<u64, String> {
+    Ok(milliseconds(text)?.div_ceil(1000))
 }
 
 fn request(create: Create) -> Result<CreateTenantRequest, String> {
@@ -90,10 +104,11 @@ fn request(create: Create) -> Result<CreateTenantRequest, String> {
         user: create.user,
         password,
         quota_bytes: create.quota.unwrap_or(0),
+        key_grace_s: create.key_grace.as_deref().map(seconds).transpose()?,
     })
 }
 
-fn show(t: &Tenant) {
+pub fn show(t: &Tenant) {
     let archived = if t.archived >= t.applied {
         "everything".into()
     } else {
@@ -103,7 +118,12 @@ fn show(t: &Tenant) {
         ("tenant", t.name.clone()),
         ("id", format!("{}, incarnation {}", t.id, t.incarnation)),
         ("tier", t.tier.clone()),
-        ("key", t.key.clone()),
+        ("key", format!("{}, {}", t.key, generations(t))),
+        ("key task", t.key_task.clone()),
+        (
+            "key grace",
+            table::duration(t.key_grace_s.saturating_mul(1000)),
+        ),
         (
             "replicas",
             format!("{} (leader {})", t.voters.join(", "), t.leader),
@@ -128,6 +148,57 @@ fn show(t: &Tenant) {
     for (what, value) in rows.iter().filter(|(_, value)| !value.is_empty()) {
         println!("{what:<10}{value}");
     }
+    for report in &t.key_reports {
+        println!("key on {}: {}", report.node, standing(report));
+    }
+    if let Some(ms) = sealed_within(&t.key_reports) {
+        println!(
+            "sealed on all nodes {} after the KMS first refused",
+            table::duration(ms)
+        );
+    }
+}
+
+fn generations(t: &Tenant) -> String {
+    match t.other_generations.len() {
+        0 => format!("generation {}", t.generation),
+        _ => format!(
+            "generation {} (and still needed: {})",
+            t.generation,
+            t.other_generations
+                .iter()
+                .map(u32::to_string)
+                .collect::<Vec<_>>()
+                .join(", ")
+        ),
+    }
+}
+
+fn standing(report: &KeyReport) -> String {
+    let age = table::duration(report.proof_age_ms);
+    let mut text = match report.sealed.as_str() {
+        "" => format!("proven {age} ago"),
+        why => format!("sealed: {why}"),
+    };
+    if !report.unproven.is_empty() {
+        text.push_str(&format!("; now {}", report.unproven));
+    }
+    if report.resumed_ms > report.sealed_ms {
+        let sealed = report.resumed_ms - report.sealed_ms;
+        text.push_str(&format!("; was sealed for {}", table::duration(sealed)));
+    }
+    text
+}
+
+/// From the first refusal that a node saw to the last node's sealing, if all are sealed.
+fn sealed_within(reports: &[KeyReport]) -> Option<u64> {
+    let sealed = |r: &KeyReport| !r.sealed.is_empty() && r.refused_ms > 0;
+    if reports.is_empty() || !reports.iter().all(sealed) {
+        return None;
+    }
+    let first = reports.iter().map(|r| r.refused_ms).min()?;
+    let last = reports.iter().map(|r| r.sealed_ms).max()?;
+    Some(last.saturating_sub(first))
 }
 
 pub async fn node(config: &Path) -> Result<ExitCode, String> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use kms::{Opener, Purpose, SealError, Sealer, TenantKeys};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use prost::Message;
 use thiserror::Error;
 use zstd::bulk::{Compressor, Decompressor};
@@ -33,23 +33,42 @@ pub enum OpenError {
 
 /// Seals and opens the entries of one group.
 pub struct EntryCodec {
-    sealer: Sealer,
+    keys: Arc<TenantKeys>,
+    incarnation: u32,
+    sealer: RwLock<Arc<Sealer>>,
     opener: Opener,
     // Kept: making one costs more than using it on a small batch.
     compressor: Mutex<Compressor<'static>>,
     decompressor: Mutex<Decompressor<'static>>,
 }
 
+fn sealer(keys: &TenantKeys, incarnation: u32) -> Sealer {
+    Sealer::new(keys, incarnation, Purpose::LogEntry)
+}
+
 impl EntryCodec {
     pub fn new(keys: &Arc<TenantKeys>, group: GroupId) -> Self {
         EntryCodec {
-            sealer: Sealer::new(keys, group.incarnation, Purpose::LogEntry),
+            keys: keys.clone(),
+            incarnation: group.incarnation,
+            sealer: RwLock::new(Arc::new(sealer(keys, group.incarnation))),
             opener: Opener::new(keys.clone(), group.incarnation, Purpose::LogEntry),
             compressor: Mutex::new(
                 Compressor::new(ZSTD_LEVEL).expect("a compressor of a valid level is made"),
             ),
             decompressor: Mutex::new(Decompressor::new().expect("a decompressor is made")),
         }
+    }
+
+    /// A sealer of the generation that seals now.
+    fn sealer(&self) -> Arc<Sealer> {
+        let current = self.sealer.read().clone();
+        if current.generation() == self.keys.sealing() {
+            return current;
+        }
+        let newer = Arc::new(sealer(&self.keys, self.incarnation));
+        *self.sealer.write() = newer.clone();
+        newer
     }
 
     /// `time_ms`: the leader's clock, milliseconds since 1970. Gives the commands back.
@@ -62,7 +81,7 @@ impl EntryCodec {
         let plain = batch.encode_to_vec();
         let compressed = self.compressor.lock().compress(&plain);
         let compressed = compressed.expect("compressing in memory succeeds");
-        (self.sealer.seal(&compressed), batch.commands)
+        (self.sealer().seal(&compressed), batch.commands)
     }
 
     pub fn open(&self, sealed: &[u8]) -> Result<Batch, OpenError> {

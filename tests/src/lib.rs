@@ -3,7 +3,9 @@
 pub mod debian;
 pub mod forgetful;
 pub mod history;
+pub mod kms;
 pub mod linear;
+pub mod memory;
 pub mod netns;
 pub mod proxy;
 pub mod region;

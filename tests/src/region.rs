@@ -335,6 +335,7 @@ impl Region {
             user: user.into(),
             password: PASSWORD.into(),
             quota_bytes: 0,
+            key_grace_s: None,
         };
         client
             .create_tenant(request)

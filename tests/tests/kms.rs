@@ -1,54 +1,11 @@
 //! Tenants under keys of a real KMS: LocalStack.
 
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use daemon::config::AwsKms;
+use holdfast_tests::kms::{create_key, with_key};
 use holdfast_tests::region::Region;
 use holdfast_tests::servers::{self, CLOUD_REGION};
 use replication::archive::bucket::BucketConfig;
-
-/// Asks LocalStack's KMS; answers the body.
-async fn kms(endpoint: &str, target: &str, body: &str) -> Result<serde_json::Value> {
-    let credential = format!(
-        "AWS4-HMAC-SHA256 Credential=test/20260101/{CLOUD_REGION}/kms/aws4_request, SignedHeaders=host, Signature=0"
-    );
-    let out = tokio::process::Command::new("curl")
-        .args([
-            "-sS",
-            "--max-time",
-            "20",
-            "-H",
-            "Content-Type: application/x-amz-json-1.1",
-        ])
-        .args(["-H", &format!("X-Amz-Target: TrentService.{target}")])
-        .args(["-H", &format!("Authorization: {credential}")])
-        .args(["-d", body, endpoint])
-        .output()
-        .await?;
-    serde_json::from_slice(&out.stdout).with_context(|| {
-        format!(
-            "KMS {target}: {}{}",
-            String::from_utf8_lossy(&out.stdout),
-            String::from_utf8_lossy(&out.stderr)
-        )
-    })
-}
-
-/// LocalStack listens before it answers.
-async fn create_key(endpoint: &str) -> Result<String> {
-    let deadline = Instant::now() + Duration::from_secs(120);
-    loop {
-        let answer = kms(endpoint, "CreateKey", "{}").await;
-        if let Ok(answer) = &answer
-            && let Some(arn) = answer["KeyMetadata"]["Arn"].as_str()
-        {
-            return Ok(arn.to_string());
-        }
-        ensure!(Instant::now() < deadline, "no key: {answer:?}");
-        tokio::time::sleep(Duration::from_millis(500)).await;
-    }
-}
 
 /// A tenant under a key of LocalStack is written, lost and restored; with the key disabled (row 26,
 /// read at restore) it is refused, and a key of another jurisdiction (row 31) at once.
@@ -93,13 +50,7 @@ async fn a_tenant_under_a_kms_key_is_restored_and_refused() -> Result<()> {
     let found = region.client("acme").await?.get("k", None).await?;
     ensure!(found.kvs()[0].value() == b"v");
 
-    kms(
-        &localstack.endpoint,
-        "DisableKey",
-        &format!("{{\"KeyId\":\"{arn}\"}}"),
-    )
-    .await
-    .ok();
+    with_key(&localstack.endpoint, "DisableKey", &arn).await?;
     let (ok, table) = region.lose_and_restore().await?;
     ensure!(
         !ok && table.contains("refuses key") && table.contains("disabled"),

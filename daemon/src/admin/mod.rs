@@ -1,5 +1,6 @@
 //! The operators' API: gRPC over mutual TLS, for operator certificates only.
 
+mod keys;
 mod restore;
 
 use std::sync::Arc;
@@ -20,10 +21,12 @@ use crate::limits;
 use crate::node::Node;
 use crate::proto::admin::admin_server::{Admin, AdminServer};
 use crate::proto::admin::{
-    CreateTenantRequest, ListTenantsRequest, NodeStatusRequest, NodeStatusResponse, RestoreEvent,
-    RestoreRegionRequest, ShowTenantRequest, Tenant as TenantMessage, TenantList,
+    ChangeKeyRequest, CreateTenantRequest, EventList, ListEventsRequest, ListTenantsRequest,
+    NodeStatusRequest, NodeStatusResponse, RestoreEvent, RestoreRegionRequest, RotateKeyRequest,
+    SetTenantRequest, ShowTenantRequest, Tenant as TenantMessage, TenantList,
 };
 use crate::tenant::Tenant;
+use crate::tenant::key::now_ms;
 
 const PLACE_WITHIN: Duration = Duration::from_secs(10);
 const OPEN_WITHIN: Duration = Duration::from_secs(20);
@@ -87,6 +90,10 @@ impl AdminService {
             node: self.0.config.name.clone(),
             placement: record.placement,
             coverage: self.coverage(),
+            key_grace_s: record.key_grace_s,
+            generation: record.generation,
+            other_generations: record.other_generations,
+            key_task: record.key_task.map(|t| t.to_string()).unwrap_or_default(),
             ..TenantMessage::default()
         };
         let group = match tenant.group() {
@@ -96,6 +103,9 @@ impl AdminService {
                 return message;
             }
         };
+        if let Some(why) = group.sealed() {
+            message.problem = format!("sealed: {why}");
+        }
         let status = group.status();
         let nodes = self
             .0
@@ -148,7 +158,11 @@ impl AdminService {
             .parse()
             .map_err(|e: kms::KmsError| Status::invalid_argument(e.to_string()))?;
         let region = self.0.config.region;
-        key.check_jurisdiction(region)
+        let grace = keys::checked_grace(request.key_grace_s)?;
+        let providers = &self.0.parts.providers;
+        providers
+            .check_jurisdiction(&key, region)
+            .await
             .map_err(|e| Status::failed_precondition(e.to_string()))?;
         let directory = self.directory()?;
         let known = directory
@@ -162,7 +176,6 @@ impl AdminService {
         }
         let placement = self.place(&directory).await?;
         let id = TenantId::random();
-        let providers = &self.0.parts.providers;
         let (wrapped, _) = WrappedKey::create(providers, &key, id, region)
             .await
             .map_err(|e| Status::failed_precondition(e.to_string()))?;
@@ -198,6 +211,11 @@ impl AdminService {
             },
             placement,
             formed: false,
+            key_grace_s: grace,
+            other_generations: Vec::new(),
+            key_task: None,
+            rotated_ms: now_ms(),
+            rotate_days: 0,
         };
         directory
             .put_tenant(&record, 0)
@@ -323,7 +341,47 @@ impl Admin for AdminService {
         let tenant = tenant.ok_or_else(|| {
             Status::not_found(format!("there is no tenant {name} in this region"))
         })?;
-        Ok(Response::new(self.message(&tenant)))
+        let mut message = self.message(&tenant);
+        let reports = self.0.key_reports(&tenant.record()).await;
+        message.key_reports = reports.into_iter().map(|(_, r)| keys::message(r)).collect();
+        Ok(Response::new(message))
+    }
+
+    async fn set_tenant(
+        &self,
+        request: Request<SetTenantRequest>,
+    ) -> Result<Response<TenantMessage>, Status> {
+        self.operator(&request)?;
+        self.set(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn rotate_key(
+        &self,
+        request: Request<RotateKeyRequest>,
+    ) -> Result<Response<TenantMessage>, Status> {
+        self.operator(&request)?;
+        let name = request.into_inner().name;
+        self.rotate(&name).await.map(Response::new)
+    }
+
+    async fn change_key(
+        &self,
+        request: Request<ChangeKeyRequest>,
+    ) -> Result<Response<TenantMessage>, Status> {
+        self.operator(&request)?;
+        let request = request.into_inner();
+        self.change_key_to(&request.name, &request.key)
+            .await
+            .map(Response::new)
+    }
+
+    async fn list_events(
+        &self,
+        request: Request<ListEventsRequest>,
+    ) -> Result<Response<EventList>, Status> {
+        self.operator(&request)?;
+        let tenant = &request.get_ref().tenant;
+        self.events(tenant).map(Response::new)
     }
 
     async fn node_status(

@@ -12,13 +12,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use kms::TenantKeys;
-use kms::secret::Secret;
+use kms::{Secret, TenantKeys, WrappedKey};
 use object_store::ObjectStoreExt;
 use replication::GroupId;
 use replication::archive::bucket::Bootstrap;
 use replication::archive::chain::Chain;
-use replication::group::Group;
+use replication::group::{Group, SnapshotDir};
 use replication::restore::{self, Plan, Progress, REVISION_JUMP, Restored, plan};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc;
@@ -292,16 +291,10 @@ impl Run {
 
     async fn keys(&self, group: GroupId) -> Result<Arc<TenantKeys>, String> {
         let parts = &self.node.parts;
-        let wrapped = parts
-            .keys
-            .fetch(group.tenant)
-            .await
-            .map_err(|e| e.to_string())?;
-        let keys = wrapped
-            .unwrap(&parts.providers)
-            .await
-            .map_err(|e| e.to_string())?;
-        Ok(Arc::new(keys))
+        let wrapped = parts.keys.fetch_all(group.tenant).await;
+        let wrapped = wrapped.map_err(|e| e.to_string())?;
+        let keys = WrappedKey::unwrap(&wrapped, &parts.providers).await;
+        Ok(Arc::new(keys.map_err(|e| e.to_string())?))
     }
 
     /// The chain that a group's newest state is on: past every closed one whose successor began.
@@ -374,7 +367,7 @@ impl Run {
             &chain,
             &plan,
             group,
-            keys,
+            keys.clone(),
             parts.budget.clone(),
             &dir,
             report,
@@ -391,8 +384,9 @@ impl Run {
         let opened = parts
             .open(
                 group,
+                Ok(keys),
                 rpo,
-                Some(archive_key.clone()),
+                archive_key.clone(),
                 self.node.report(),
                 min_voters,
             )
@@ -400,8 +394,10 @@ impl Run {
         self.node.set_archive_key(archive_key.clone());
         opened
             .found_from(
-                restored.checkpoint.clone(),
-                restored.position,
+                SnapshotDir {
+                    path: restored.checkpoint.clone(),
+                    state: restored.state.clone(),
+                },
                 &self.node.config.peer_address.to_string(),
             )
             .await

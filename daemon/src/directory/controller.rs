@@ -4,14 +4,16 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kms::TenantId;
-use replication::group::Group;
+use kms::lease::boottime;
+use kms::{KmsError, TenantId, WrappedKeyError};
+use replication::engine::EngineError;
+use replication::group::{Group, ScanError};
 
 use super::Directory;
 use super::records::{NodeRecord, TenantRecord};
 use crate::limits;
 use crate::node::Node;
-use crate::tenant::Tenant;
+use crate::tenant::{Tenant, keeper, wrapped};
 
 const RETRY: Duration = Duration::from_millis(500);
 const RECORDS: Duration = Duration::from_secs(2);
@@ -57,11 +59,14 @@ async fn open_tenant(node: Arc<Node>, tenant: Arc<Tenant>) {
     }
     let mut told = String::new();
     while tenant.record().group() == id {
-        match open_group(&node, &record).await {
+        match open_group(&node, &tenant).await {
             Ok(group) if tenant.record().group() == id => {
                 drop_older(&node, id).await;
-                tracing::info!(tenant = %record.id, incarnation = record.incarnation, "tenant is open");
-                tenant.set_group(Ok(group));
+                let sealed = group.sealed();
+                tracing::info!(tenant = %record.id, incarnation = record.incarnation, ?sealed, "tenant is open");
+                tenant.set_group(Ok(group.clone()));
+                let own = node.clone();
+                node.spawn(async move { keeper::keep(own, tenant, group).await });
                 return;
             }
             // Another incarnation began meanwhile, and is being opened.
@@ -93,7 +98,8 @@ async fn drop_older(node: &Node, id: replication::GroupId) {
     }
 }
 
-async fn open_group(node: &Arc<Node>, record: &TenantRecord) -> Result<Arc<Group>, String> {
+async fn open_group(node: &Arc<Node>, tenant: &Tenant) -> Result<Arc<Group>, String> {
+    let record = &tenant.record();
     let id = record.group();
     let open = node.parts.groups.get(id);
     let key = node
@@ -106,7 +112,22 @@ async fn open_group(node: &Arc<Node>, record: &TenantRecord) -> Result<Arc<Group
         None => {
             let report = node.report();
             let parts = &node.parts;
-            parts.open(id, rpo, Some(key), report, majority).await?
+            let sent = boottime();
+            // Whatever keeps the key away: the group goes on without it.
+            let keys = match wrapped(parts, record).await {
+                Ok(keys) => {
+                    tenant.key.proven(sent);
+                    Ok(Arc::new(keys))
+                }
+                Err(e) => {
+                    if matches!(e, WrappedKeyError::Kms(KmsError::Refused { .. })) {
+                        tenant.key.refused();
+                    }
+                    tenant.key.sealed();
+                    Err(e.to_string())
+                }
+            };
+            parts.open(id, keys, rpo, key, report, majority).await?
         }
     };
     let first = record.placement.first() == Some(&node.config.name);
@@ -258,9 +279,15 @@ pub async fn scan_replicas(node: Arc<Node>) {
         tokio::time::sleep(every + every.mul_f64(some)).await;
         for tenant in node.tenants.all() {
             let Ok(group) = tenant.group() else { continue };
+            if group.sealed().is_some() {
+                continue;
+            }
             let scanned = group.clone();
             let scan = tokio::task::spawn_blocking(move || scanned.scan(limits::SCAN_RATE));
             let Ok(Err(e)) = scan.await else { continue };
+            if matches!(e, ScanError::Engine(EngineError::Sealed)) {
+                continue;
+            }
             tracing::error!(group = %group.id(), error = %e, "ALARM: a scan found this replica damaged");
             crate::server::metrics::DIGEST_DIFFERENCES.inc();
             // Said before the others are asked: of two that do this at once neither goes on.

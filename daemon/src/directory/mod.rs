@@ -4,6 +4,7 @@
 //! are archived. Every node has a replica and reads it locally; a change may be asked of any node.
 
 pub mod controller;
+pub mod events;
 pub mod records;
 
 use std::sync::Arc;
@@ -16,12 +17,15 @@ use replication::proto::command::command::Op;
 use replication::proto::command::reply::Result as ReplyResult;
 use replication::proto::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
 use replication::proto::etcdserverpb::request_op::Request;
-use replication::proto::etcdserverpb::{Compare, PutRequest, RangeRequest, RequestOp, TxnRequest};
+use replication::proto::etcdserverpb::{
+    Compare, DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, TxnRequest,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
-use records::{LinkRecord, NodeRecord, TenantRecord};
+use crate::limits;
+use records::{EventRecord, LinkRecord, NodeRecord, TenantRecord};
 
 #[derive(Debug, Error)]
 pub enum DirectoryError {
@@ -126,6 +130,36 @@ impl Directory {
 
     pub fn links(&self) -> Result<Vec<Found<LinkRecord>>, DirectoryError> {
         self.list("/links/")
+    }
+
+    /// Oldest first.
+    pub fn events(&self) -> Result<Vec<Found<EventRecord>>, DirectoryError> {
+        self.list("/events/")
+    }
+
+    pub async fn put_event(&self, event: &EventRecord) -> Result<(), DirectoryError> {
+        let tag = hex::encode(kms::secret::random_bytes::<4>());
+        let key = format!("/events/{:016}-{}-{tag}", event.at_ms, event.node);
+        self.put(key, event, 0).await
+    }
+
+    /// Removes the oldest events beyond what is kept, a tenth at a time.
+    pub async fn drop_old_events(&self) -> Result<(), DirectoryError> {
+        let events = self.events()?;
+        if events.len() < limits::MAX_EVENTS * 11 / 10 {
+            return Ok(());
+        }
+        let first_kept = &events[events.len() - limits::MAX_EVENTS].record;
+        let command = Command {
+            op: Some(Op::DeleteRange(DeleteRangeRequest {
+                key: Bytes::from_static(b"/events/"),
+                range_end: format!("/events/{:016}", first_kept.at_ms).into(),
+                ..DeleteRangeRequest::default()
+            })),
+            ..Command::default()
+        };
+        self.group.propose(vec![command]).await?;
+        Ok(())
     }
 
     pub async fn put_node(&self, record: &NodeRecord, modified: i64) -> Result<(), DirectoryError> {

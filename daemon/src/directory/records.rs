@@ -1,8 +1,12 @@
-//! Records of the directory, JSON under `/nodes/`, `/tenants/` and `/links/`.
+//! Records of the directory, JSON under `/nodes/`, `/tenants/`, `/links/` and `/events/`.
+
+use std::time::Duration;
 
 use kms::{KeyUri, TenantId};
 use replication::GroupId;
 use serde::{Deserialize, Serialize};
+
+use crate::limits::DEFAULT_GRACE;
 
 /// A node: its name is its certificate's, its id its data directory's.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,7 +64,7 @@ pub struct TenantRecord {
     pub rpo_ms: u64,
     pub rto_ms: u64,
     pub key: KeyUri,
-    /// Newest key generation and its fingerprint.
+    /// The key generation that seals, and its fingerprint.
     pub generation: u32,
     pub fingerprint: String,
     pub quota_bytes: u64,
@@ -69,9 +73,76 @@ pub struct TenantRecord {
     /// The group was formed. It is never formed again: on empty disks that would be an empty
     /// tenant in the place of one that has to be restored.
     pub formed: bool,
+    /// How long the tenant is served while its KMS does not answer, in seconds.
+    #[serde(default = "default_grace")]
+    pub key_grace_s: u64,
+    /// Generations besides the one that seals which something may be sealed under.
+    #[serde(default)]
+    pub other_generations: Vec<u32>,
+    /// What is being done with the key. It is gone on with until it is done.
+    #[serde(default)]
+    pub key_task: Option<KeyTask>,
+    /// When the generation that seals was made, milliseconds since 1970.
+    #[serde(default)]
+    pub rotated_ms: u64,
+    /// Days between scheduled rotations; 0: none.
+    #[serde(default)]
+    pub rotate_days: u32,
+}
+
+/// Something that is being done with a tenant's key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KeyTask {
+    /// A new data key is made.
+    Rotate { generation: u32 },
+    /// Every generation is wrapped anew under another KMS key, and a new one made.
+    Change { key: KeyUri, generation: u32 },
+}
+
+impl KeyTask {
+    /// The generation that seals once it is done.
+    pub fn generation(&self) -> u32 {
+        match self {
+            KeyTask::Rotate { generation } | KeyTask::Change { generation, .. } => *generation,
+        }
+    }
+}
+
+impl std::fmt::Display for KeyTask {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            KeyTask::Rotate { generation } => write!(f, "rotating to generation {generation}"),
+            KeyTask::Change { key, generation } => {
+                write!(f, "changing to key {key}, generation {generation}")
+            }
+        }
+    }
+}
+
+fn default_grace() -> u64 {
+    DEFAULT_GRACE.as_secs()
 }
 
 impl TenantRecord {
+    /// A generation that was never used.
+    pub fn next_generation(&self) -> u32 {
+        self.needed().last().map_or(1, |newest| newest + 1)
+    }
+
+    pub fn key_grace(&self) -> Duration {
+        Duration::from_secs(self.key_grace_s)
+    }
+
+    /// Key generations that a replica must hold, oldest first.
+    pub fn needed(&self) -> Vec<u32> {
+        let mut needed = self.other_generations.clone();
+        needed.push(self.generation);
+        needed.sort_unstable();
+        needed.dedup();
+        needed
+    }
+
     pub fn group(&self) -> GroupId {
         GroupId {
             tenant: self.id,
@@ -87,4 +158,39 @@ pub struct LinkRecord {
     pub tenant: TenantId,
     pub incarnation: u32,
     pub link: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EventKind {
+    /// The KMS does not answer; the grace runs.
+    KeyUnproven,
+    Sealed,
+    Resumed,
+    Rotated,
+    KeyChanged,
+}
+
+impl EventKind {
+    pub fn name(self) -> &'static str {
+        match self {
+            EventKind::KeyUnproven => "key-unproven",
+            EventKind::Sealed => "sealed",
+            EventKind::Resumed => "resumed",
+            EventKind::Rotated => "rotated",
+            EventKind::KeyChanged => "key-changed",
+        }
+    }
+}
+
+/// Something that happened to a tenant on a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EventRecord {
+    /// Milliseconds since 1970.
+    pub at_ms: u64,
+    pub node: String,
+    pub tenant: String,
+    pub kind: EventKind,
+    pub detail: String,
 }

@@ -74,23 +74,25 @@ pub fn hash_password(password: &str) -> Result<String, String> {
     hash.map(|h| h.to_string()).map_err(|e| e.to_string())
 }
 
-fn mac(group: &Group, text: &str) -> Hmac<Sha256> {
-    let key = group.keys().token_key();
+fn mac(group: &Group, text: &str) -> Result<Hmac<Sha256>, Status> {
+    let keys = group.keys();
+    let keys = keys.ok_or_else(|| Status::unavailable("etcdserver: no leader"))?;
+    let key = keys.token_key();
     let mut mac =
         Hmac::<Sha256>::new_from_slice(key.expose()).expect("HMAC takes a key of any length");
     mac.update(text.as_bytes());
-    mac
+    Ok(mac)
 }
 
-fn make_token(group: &Group, session: &Session) -> String {
+fn make_token(group: &Group, session: &Session) -> Result<String, Status> {
     let name = session.tenant.record().name;
     let user = hex::encode(&session.user);
     let text = format!(
         "{name}.{user}.{}.{}",
         session.auth_revision, session.expires
     );
-    let tag = hex::encode(mac(group, &text).finalize().into_bytes());
-    format!("{text}.{tag}")
+    let tag = hex::encode(mac(group, &text)?.finalize().into_bytes());
+    Ok(format!("{text}.{tag}"))
 }
 
 impl Gateway {
@@ -139,12 +141,10 @@ impl Gateway {
         let tenant = self
             .tenant(name)
             .ok_or_else(|| self.unknown_tenant(invalid_token()))?;
-        let group = tenant
-            .group()
-            .map_err(|_| Status::unavailable("etcdserver: no leader"))?;
+        let group = self.group_of(&tenant)?;
         let text = &token[..token.len() - tag.len() - 1];
         let tag = hex::decode(tag).map_err(|_| invalid_token())?;
-        mac(&group, text)
+        mac(&group, text)?
             .verify_slice(&tag)
             .map_err(|_| invalid_token())?;
         let user = hex::decode(user)
@@ -214,9 +214,7 @@ impl Auth for AuthService {
             .0
             .tenant(tenant)
             .ok_or_else(|| self.0.unknown_tenant(wrong_login()))?;
-        let group = tenant.group().map_err(|why| {
-            Status::unavailable(format!("etcdserver: no leader (holdfast: {why})"))
-        })?;
+        let group = self.0.group_of(&tenant)?;
         group.read_barrier().await.map_err(|e| proposal(&e))?;
         let _permit = self
             .0
@@ -249,7 +247,7 @@ impl Auth for AuthService {
             auth_revision,
             expires: now() + limits::TOKEN_LIFE.as_secs(),
         };
-        let token = make_token(&group, &session);
+        let token = make_token(&group, &session)?;
         self.0.remember(token.clone(), Arc::new(session));
         Ok(Response::new(AuthenticateResponse {
             header: Some(self.0.header(&group, group.store().state().revision)),

@@ -17,7 +17,7 @@ use replication::proto::etcdserverpb::{
 use tonic::{Code, Request, Response, Status};
 
 use super::auth::Session;
-use super::{Gateway, failed, proposal};
+use super::{Gateway, check_key, failed, proposal};
 use crate::limits;
 use crate::proto::etcd::kv_server::Kv;
 
@@ -66,9 +66,17 @@ impl KvService {
         }
     }
 
-    fn complete(&self, group: &Group, header: &mut Option<ResponseHeader>) {
+    /// Fills in the header, if the tenant's key may still be used.
+    fn complete(
+        &self,
+        session: &Session,
+        group: &Group,
+        header: &mut Option<ResponseHeader>,
+    ) -> Result<(), Status> {
+        check_key(&session.tenant, group)?;
         let revision = header.as_ref().map_or(0, |h| h.revision);
         *header = Some(self.0.header(group, revision));
+        Ok(())
     }
 }
 
@@ -96,7 +104,7 @@ impl Kv for KvService {
             false => tokio::task::block_in_place(|| group.store().range(&request)),
         };
         let mut response = answer.map_err(|e| failed(&e))?;
-        self.complete(&group, &mut response.header);
+        self.complete(&session, &group, &mut response.header)?;
         Ok(Response::new(response))
     }
 
@@ -107,7 +115,7 @@ impl Kv for KvService {
             .await?
         {
             (ReplyResult::Put(mut response), group) => {
-                self.complete(&group, &mut response.header);
+                self.complete(&session, &group, &mut response.header)?;
                 Ok(Response::new(response))
             }
             _ => Err(unexpected()),
@@ -124,7 +132,7 @@ impl Kv for KvService {
             .await?
         {
             (ReplyResult::DeleteRange(mut response), group) => {
-                self.complete(&group, &mut response.header);
+                self.complete(&session, &group, &mut response.header)?;
                 Ok(Response::new(response))
             }
             _ => Err(unexpected()),
@@ -142,12 +150,12 @@ impl Kv for KvService {
             }
             self.0.check_session(&session, &group)?;
             let mut response = group.store().read_txn(&txn).map_err(|e| failed(&e))?;
-            self.complete(&group, &mut response.header);
+            self.complete(&session, &group, &mut response.header)?;
             return Ok(Response::new(response));
         }
         match self.propose(&session, Op::Txn(txn)).await? {
             (ReplyResult::Txn(mut response), group) => {
-                self.complete(&group, &mut response.header);
+                self.complete(&session, &group, &mut response.header)?;
                 Ok(Response::new(response))
             }
             _ => Err(unexpected()),
@@ -164,7 +172,7 @@ impl Kv for KvService {
             .await?
         {
             (ReplyResult::Compact(mut response), group) => {
-                self.complete(&group, &mut response.header);
+                self.complete(&session, &group, &mut response.header)?;
                 Ok(Response::new(response))
             }
             _ => Err(unexpected()),

@@ -19,6 +19,8 @@ use tonic::{Code, Status};
 use crate::limits;
 use crate::node::Node;
 use crate::proto::{etcd, health as health_proto};
+use crate::tenant::Tenant;
+use crate::tenant::key::KeyRefusal;
 use auth::{Session, Sessions};
 
 /// The version that clients see; they switch features on by it.
@@ -37,16 +39,37 @@ pub fn failed(e: &Failed) -> Status {
 pub fn proposal(e: &ProposeError) -> Status {
     match e {
         ProposeError::Overloaded => Status::resource_exhausted(e.to_string()),
+        ProposeError::Sealed => Status::failed_precondition(e.to_string()),
         _ => Status::unavailable(e.to_string()),
     }
 }
 
+/// Whether a tenant's key may be used here, as a client is told.
+pub fn check_key(tenant: &Tenant, group: &Group) -> Result<(), Status> {
+    tenant.key.check(group).map_err(|refusal| match refusal {
+        // Not to be tried again before the customer has done something.
+        KeyRefusal::Sealed(why) => Status::failed_precondition(format!(
+            "holdfast: tenant {} is sealed: {why}",
+            tenant.record().name
+        )),
+        KeyRefusal::Expired => Status::unavailable(
+            "etcdserver: no leader (holdfast: this node proves the tenant's key anew)",
+        ),
+    })
+}
+
 impl Gateway {
+    /// The group of a login, if this node may use the tenant's key.
     pub fn group(&self, session: &Session) -> Result<Arc<Group>, Status> {
-        session
-            .tenant
-            .group()
-            .map_err(|why| Status::unavailable(format!("etcdserver: no leader (holdfast: {why})")))
+        self.group_of(&session.tenant)
+    }
+
+    pub fn group_of(&self, tenant: &Tenant) -> Result<Arc<Group>, Status> {
+        let group = tenant.group().map_err(|why| {
+            Status::unavailable(format!("etcdserver: no leader (holdfast: {why})"))
+        })?;
+        check_key(tenant, &group)?;
+        Ok(group)
     }
 
     /// Fills in what only this node knows; `revision` stays.

@@ -1,12 +1,16 @@
 //! Tenants on this node: opened when the directory places them here, found by name.
 
+pub mod keeper;
+pub mod key;
+pub mod rotation;
+
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use kms::secret::Secret;
-use kms::{Providers, WrappedKeyStore};
+use kms::{Providers, TenantId, TenantKeys, WrappedKey, WrappedKeyError, WrappedKeyStore};
 use object_store::ObjectStore;
 use parking_lot::RwLock;
 use replication::GroupId;
@@ -17,8 +21,10 @@ use replication::group::replica::{is_fenced, is_quarantined};
 use replication::group::{Group, GroupConfig, GroupError, Groups};
 use replication::log::NodeLog;
 use replication::network::Peers;
+use tokio::sync::Notify;
 
 use crate::directory::records::TenantRecord;
+use key::KeyStanding;
 
 /// What opening a tenant needs of its node.
 pub struct Parts {
@@ -39,13 +45,13 @@ impl Parts {
         self.data_dir.join("tenants").join(group.to_string())
     }
 
-    /// Unwraps the tenant's key, opens its group here and starts its archiver. `fresh`: the key is
-    /// taken from the bucket even if this node has a copy.
+    /// Opens a tenant's group here, with its keys or sealed, and starts its archiver.
     pub async fn open(
         &self,
         id: GroupId,
+        keys: Result<Arc<TenantKeys>, String>,
         rpo: Duration,
-        archive_key: Option<Secret>,
+        archive_key: Secret,
         report: Report,
         min_voters: usize,
     ) -> Result<Arc<Group>, String> {
@@ -55,13 +61,6 @@ impl Parts {
         if is_quarantined(&self.replica_dir(id)) {
             return Err(GroupError::Quarantined(id).to_string());
         }
-        let wrapped = self.keys.load(id.tenant).await.map_err(|e| e.to_string())?;
-        let keys = wrapped
-            .unwrap(&self.providers)
-            .await
-            .map_err(|e| e.to_string())?;
-        let keys = Arc::new(keys);
-        let archive_key = archive_key.unwrap_or_else(|| keys.archive_key());
         let group = Group::open(GroupConfig {
             id,
             node: self.peers.own_id(),
@@ -83,9 +82,22 @@ impl Parts {
     }
 }
 
+/// Unwraps the keys that a tenant's replica needs.
+pub async fn wrapped(parts: &Parts, record: &TenantRecord) -> Result<TenantKeys, WrappedKeyError> {
+    let mut wrapped = Vec::new();
+    for generation in record.needed() {
+        wrapped.push(parts.keys.load(record.id, generation, &record.key).await?);
+    }
+    let keys = WrappedKey::unwrap(&wrapped, &parts.providers).await?;
+    keys.seal_under(record.generation);
+    Ok(keys)
+}
+
 /// A tenant as this node knows it.
 pub struct Tenant {
     record: RwLock<TenantRecord>,
+    pub key: KeyStanding,
+    nudge: Notify,
     /// The group, or why there is none.
     group: RwLock<Result<Arc<Group>, String>>,
 }
@@ -99,6 +111,16 @@ impl Tenant {
         self.record.read().quota_bytes
     }
 
+    /// Has the tenant's keeper look at its record and ask for its key now.
+    pub fn nudge(&self) {
+        self.nudge.notify_one();
+    }
+
+    pub async fn nudged(&self) {
+        self.nudge.notified().await;
+    }
+
+    /// The group on this node, sealed or not.
     pub fn group(&self) -> Result<Arc<Group>, String> {
         let group = self.group.read().clone()?;
         if group.is_fenced() {
@@ -126,6 +148,11 @@ impl Registry {
         self.tenants.read().get(name).cloned()
     }
 
+    pub fn find(&self, id: TenantId) -> Option<Arc<Tenant>> {
+        let tenants = self.tenants.read();
+        tenants.values().find(|t| t.record.read().id == id).cloned()
+    }
+
     pub fn all(&self) -> Vec<Arc<Tenant>> {
         self.tenants.read().values().cloned().collect()
     }
@@ -135,15 +162,23 @@ impl Registry {
         let mut tenants = self.tenants.write();
         match tenants.get(&record.name) {
             Some(known) => {
-                let other = known.record.read().group() != record.group();
-                *known.record.write() = record;
+                let before = known.record.read().clone();
+                let other = before.group() != record.group();
+                if before != record {
+                    known.key.lease.set_grace(record.key_grace());
+                    *known.record.write() = record;
+                    known.nudge();
+                }
                 (known.clone(), other)
             }
             None => {
                 let tenant = Arc::new(Tenant {
                     group: RwLock::new(Err("the tenant is being opened on this node".into())),
                     record: RwLock::new(record.clone()),
+                    key: KeyStanding::default(),
+                    nudge: Notify::new(),
                 });
+                tenant.key.lease.set_grace(record.key_grace());
                 tenants.insert(record.name, tenant.clone());
                 (tenant, true)
             }

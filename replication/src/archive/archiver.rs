@@ -1,6 +1,7 @@
 //! The archiver of one group: on the leader, ships committed entries as links, and checkpoints.
 //!
-//! Invariants. Only entries that this node has applied, hence committed, are shipped. A link is
+//! Invariants. Only entries that are committed are shipped: this node has applied them, or let them
+//! pass while the tenant is sealed. No key of the tenant is needed. A link is
 //! created behind the one that this writer has read; another's link in its place is adopted or
 //! ends this writer. Failures of the bucket are retried for ever with backoff, the ledger grows
 //! meanwhile, and no write is refused because of them. A closed chain fences the group.
@@ -16,7 +17,7 @@ use super::checkpoint::{self, Manifest};
 use super::link::{Header, LinkState};
 use crate::Position;
 use crate::group::{Checkpoint, Group};
-use crate::machine::State;
+use crate::machine::{Standing, State};
 
 /// A link is cut at this size, if its time has not come before.
 const MAX_LINK: usize = 4 << 20;
@@ -124,8 +125,7 @@ impl Archiver {
         // A leader of another term looks anew.
         while group.is_leader() && !group.is_fenced() && self.term(group) == term {
             let state = applied.borrow_and_update().clone();
-            let index = state.applied.map_or(0, |at| at.index);
-            if index <= tail.last_index() {
+            if state.index() <= tail.last_index() {
                 let idle = tokio::time::timeout(LOOK, applied.changed()).await;
                 if idle.is_err() {
                     self.look(group, &mut tail).await?;
@@ -197,11 +197,7 @@ impl Archiver {
         let header = Header {
             term: self.term(group),
             last: Some(position),
-            state: Some(LinkState {
-                revision: state.revision,
-                time_ms: state.time_ms,
-                digests: state.digests,
-            }),
+            state: Some(LinkState::from(&state)),
             ..self.blank()
         };
         self.create(group, tail, header, &[]).await
@@ -231,15 +227,15 @@ impl Archiver {
         &self,
         group: &Group,
         tail: &Tail,
-        applied: &mut tokio::sync::watch::Receiver<State>,
-        mut state: State,
+        applied: &mut tokio::sync::watch::Receiver<Standing>,
+        mut state: Standing,
         due: Instant,
-    ) -> State {
+    ) -> Standing {
         if self.interval.is_zero() {
             return state;
         }
         while group.is_leader() {
-            let to = state.applied.map_or(0, |at| at.index);
+            let to = state.index();
             // Entries are batches of up to 1 MiB: counting them is enough to bound the wait.
             if to - tail.last_index() >= 64 && self.pending_bytes(group, tail, to) >= MAX_LINK {
                 break;
@@ -262,8 +258,8 @@ impl Archiver {
     }
 
     /// Creates links until `state` is covered, or one link if there is more than fits.
-    async fn ship(&self, group: &Group, tail: &mut Tail, state: &State) -> Result<u64, ChainError> {
-        let end = state.applied.map_or(0, |at| at.index);
+    async fn ship(&self, group: &Group, tail: &mut Tail, to: &Standing) -> Result<u64, ChainError> {
+        let end = to.index();
         let log = &group.shared().log;
         let start = match tail.header.is_none() {
             // The first entry of a log has index 0.
@@ -289,11 +285,12 @@ impl Archiver {
         let header = Header {
             term: self.term(group),
             last: Some(last),
-            state: (Some(last) == state.applied).then_some(LinkState {
-                revision: state.revision,
-                time_ms: state.time_ms,
-                digests: state.digests,
-            }),
+            // Absent of a sealed tenant: a later link closes the gap.
+            state: to
+                .state
+                .as_ref()
+                .filter(|state| state.applied == Some(last))
+                .map(LinkState::from),
             ..self.blank()
         };
         self.create(group, tail, header, &entries).await?;

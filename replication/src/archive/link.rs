@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::group::types::entry_position;
+use crate::machine::State;
 use crate::mvcc::digest::Digests;
 use crate::{GroupId, Position};
 
@@ -68,6 +69,16 @@ pub struct LinkState {
     pub revision: i64,
     pub time_ms: u64,
     pub digests: Digests,
+}
+
+impl From<&State> for LinkState {
+    fn from(state: &State) -> Self {
+        LinkState {
+            revision: state.revision,
+            time_ms: state.time_ms,
+            digests: state.digests,
+        }
+    }
 }
 
 #[derive(Debug, Error, PartialEq, Eq)]

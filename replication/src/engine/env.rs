@@ -13,8 +13,8 @@ use aes::Aes256;
 use aes::cipher::KeyInit;
 use ctr::cipher::{InnerIvInit, StreamCipher, StreamCipherSeek};
 use ctr::{Ctr128BE, CtrCore, flavors};
-use kms::TenantKeys;
 use kms::secret::random_bytes;
+use kms::{Guarded, TenantKeys};
 
 const MAGIC: &[u8; 8] = b"HOLDFAST";
 const FORMAT: u8 = 1;
@@ -47,7 +47,7 @@ fn new_prefix(keys: &TenantKeys) -> [u8; PREFIX] {
 }
 
 /// The cipher of the file that begins with `prefix`, or `None` if the prefix is not valid.
-fn file_cipher(keys: &TenantKeys, prefix: &[u8]) -> Option<Aes256> {
+fn file_cipher(keys: &TenantKeys, prefix: &[u8]) -> Option<Guarded<Aes256>> {
     let valid = prefix.len() == PREFIX
         && &prefix[..8] == MAGIC
         && prefix[8] == FORMAT
@@ -59,7 +59,7 @@ fn file_cipher(keys: &TenantKeys, prefix: &[u8]) -> Option<Aes256> {
     let key = keys
         .generation(generation)?
         .derive(&prefix[13..HEADER], LABEL);
-    Some(Aes256::new(key.expose().into()))
+    Some(Guarded::new(|| Aes256::new(key.expose().into())))
 }
 
 /// En- or decrypts `data`, which stands at `offset` of its file.
@@ -97,13 +97,13 @@ extern "C" fn call_open(
         )
     };
     match file_cipher(keys, prefix) {
-        Some(cipher) => Box::into_raw(Box::new(cipher)).cast(),
+        Some(cipher) => cipher.into_raw().cast(),
         None => std::ptr::null_mut(),
     }
 }
 
 extern "C" fn call_apply(cipher: *mut c_void, offset: u64, data: *mut c_char, length: usize) {
-    // SAFETY: `cipher` is a Box from `call_open`, shared for reading; `data` has `length` bytes.
+    // SAFETY: `cipher` is a Guarded from `call_open`, shared for reading; `data` has `length` bytes.
     let (cipher, data) = unsafe {
         let cipher = &*cipher.cast::<Aes256>();
         (
@@ -115,8 +115,8 @@ extern "C" fn call_apply(cipher: *mut c_void, offset: u64, data: *mut c_char, le
 }
 
 extern "C" fn call_close(cipher: *mut c_void) {
-    // SAFETY: the stream that owned the Box ends here.
-    drop(unsafe { Box::from_raw(cipher.cast::<Aes256>()) });
+    // SAFETY: the stream that owned it ends here.
+    drop(unsafe { Guarded::from_raw(cipher.cast::<Aes256>()) });
 }
 
 extern "C" fn call_drop(provider: *mut c_void) {

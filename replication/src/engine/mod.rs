@@ -62,6 +62,8 @@ pub enum EngineError {
         "engine format {0} is not known to this version of holdfastd; run the version that wrote it, or a newer one"
     )]
     Format(u8),
+    #[error("the tenant is sealed: its key may not be used now")]
+    Sealed,
     #[error("{0}")]
     Io(String),
 }

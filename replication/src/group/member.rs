@@ -4,6 +4,7 @@
 //! it. A fenced group (its chain was closed by a restore) neither writes nor leads. The log is
 //! purged only behind this node's own durable checkpoint and the archived index, whichever is
 //! less; over the cap of the node's log, and with the archive stalled, behind the checkpoint alone.
+//! While the tenant is sealed nothing is purged, and no command is proposed (`sealing`).
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
@@ -24,15 +25,15 @@ use super::network::{Network, ask_member};
 use super::propose::{ProposeError, Proposer};
 use super::read::{Reads, is_current};
 use super::replica::{ReplicaDir, is_fenced, is_quarantined, open_files};
-use super::state_machine::{Replica, SnapshotDir, StateMachine};
+use super::sealing::Replica;
+use super::state_machine::{SnapshotDir, StateMachine};
 use super::types::{SnapshotMeta, TypeConfig, Vote};
 use super::upkeep::{maintain, watch_applied};
 use crate::GroupId;
 use crate::archive::ledger::Ledger;
-use crate::command::EntryCodec;
-use crate::engine::{Budget, Engine, EngineError};
+use crate::engine::{Budget, EngineError};
 use crate::log::{LogReader, NodeLog};
-use crate::machine::{Machine, State, Store};
+use crate::machine::{Standing, State, Store};
 use crate::mvcc::digest::{Digests, Hasher};
 use crate::network::{Peers, Service};
 use crate::proto::command::{Command, Reply};
@@ -88,7 +89,8 @@ pub struct GroupConfig {
     pub node: u64,
     /// The replica's own directory.
     pub dir: PathBuf,
-    pub keys: Arc<TenantKeys>,
+    /// The tenant's keys, or why it is opened sealed.
+    pub keys: Result<Arc<TenantKeys>, String>,
     pub budget: Arc<Budget>,
     pub log: Arc<NodeLog>,
     pub peers: Arc<Peers>,
@@ -110,7 +112,7 @@ pub struct Checkpoint {
 pub struct Shared {
     pub raft: Raft<TypeConfig, StateMachine>,
     pub store: Arc<Store>,
-    pub codec: Arc<EntryCodec>,
+    pub replica: Arc<Replica>,
     pub peers: Arc<Peers>,
     pub group: GroupId,
     pub rpo_zero: bool,
@@ -173,8 +175,10 @@ impl Shared {
     }
 
     pub async fn wait_applied(&self, index: u64, within: Duration) -> bool {
-        let reached =
-            |state: &crate::machine::State| state.applied.is_some_and(|at| at.index >= index);
+        let reached = |at: &Standing| {
+            let applied = at.state.as_ref().and_then(|state| state.applied);
+            applied.is_some_and(|at| at.index >= index)
+        };
         let mut applied = self.store.watch();
         if index == 0 || reached(&applied.borrow()) {
             return true;
@@ -189,9 +193,7 @@ pub struct Group {
     shared: Arc<Shared>,
     proposer: Proposer,
     reads: Reads,
-    keys: Arc<TenantKeys>,
     dir: PathBuf,
-    replica: Arc<Replica>,
     recent: Arc<Mutex<VecDeque<(u64, Digests)>>>,
     tasks: Mutex<JoinSet<()>>,
 }
@@ -234,22 +236,14 @@ impl Group {
             return Err(GroupError::Quarantined(id));
         }
         let dir = ReplicaDir::open(&given.dir).map_err(io)?;
-        let path = dir.engine().map_err(io)?;
-        let (keys, budget) = (given.keys.clone(), given.budget.clone());
-        let engine = tokio::task::spawn_blocking(move || Engine::open(&path, keys, &budget))
-            .await
-            .map_err(|e| raft_error(e.to_string()))??;
-        let store = Arc::new(Store::open(engine)?);
-        let codec = Arc::new(EntryCodec::new(&given.keys, id));
-        let machine = Arc::new(Machine::new(store.clone(), codec.clone(), &given.keys, id));
-        let replica = Arc::new(Replica {
-            dir,
-            keys: given.keys.clone(),
-            budget: given.budget.clone(),
-            snapshots: Mutex::new(()),
-        });
         let log = given.log.group(id);
         let reader = log.reader();
+        let (keys, budget, own) = (given.keys, given.budget, reader.clone());
+        let open = move || Replica::open(id, dir, budget, own, keys);
+        let replica = tokio::task::spawn_blocking(open)
+            .await
+            .map_err(|e| raft_error(e.to_string()))?
+            .map_err(io)?;
         let archived_out = Arc::new(AtomicU64::new(0));
         let network = Network {
             peers: given.peers.clone(),
@@ -262,17 +256,14 @@ impl Group {
             config,
             network,
             log,
-            StateMachine {
-                machine,
-                replica: replica.clone(),
-            },
+            StateMachine(replica.clone()),
         )
         .await
         .map_err(|e| raft_error(e.to_string()))?;
         let shared = Arc::new(Shared {
             raft,
-            store,
-            codec,
+            store: replica.store.clone(),
+            replica,
             peers: given.peers,
             group: id,
             rpo_zero: given.rpo_zero,
@@ -288,9 +279,7 @@ impl Group {
         let group = Arc::new(Group {
             proposer: Proposer::start(shared.clone()),
             reads: Reads::start(shared.clone()),
-            keys: given.keys,
             dir: given.dir,
-            replica,
             recent: Arc::default(),
             tasks: Mutex::new(JoinSet::new()),
             shared: shared.clone(),
@@ -313,8 +302,32 @@ impl Group {
         &self.shared.store
     }
 
-    pub fn keys(&self) -> &Arc<TenantKeys> {
-        &self.keys
+    /// The tenant's keys; none while it is sealed here.
+    pub fn keys(&self) -> Option<Arc<TenantKeys>> {
+        self.replica().machine().map(|m| m.keys().clone())
+    }
+
+    pub fn replica(&self) -> &Arc<Replica> {
+        &self.shared.replica
+    }
+
+    /// Why the tenant is sealed on this node; none while it is not.
+    pub fn sealed(&self) -> Option<Arc<str>> {
+        self.replica().sealed()
+    }
+
+    /// Seals the tenant on this node: engine and keys are gone when this returns, the group goes on.
+    pub async fn seal(&self, why: &str) {
+        self.replica().seal(why).await;
+    }
+
+    /// Takes the tenant up again with its keys, at everything that was committed meanwhile.
+    pub async fn unseal(&self, keys: Arc<TenantKeys>) -> Result<(), GroupError> {
+        let opened = self.replica().unseal(keys).await;
+        opened.map_err(|cause| GroupError::Io {
+            path: self.dir.display().to_string(),
+            cause,
+        })
     }
 
     pub fn shared(&self) -> &Arc<Shared> {
@@ -402,13 +415,10 @@ impl Group {
         &self,
         vote: Vote,
         meta: SnapshotMeta,
-        dir: PathBuf,
+        snapshot: SnapshotDir,
     ) -> Result<SnapshotResponse<TypeConfig>, String> {
         tracing::info!(group = %self.id(), "installing a snapshot");
-        let snapshot = openraft::alias::SnapshotOf::<TypeConfig, SnapshotDir> {
-            meta,
-            snapshot: SnapshotDir(dir),
-        };
+        let snapshot = openraft::alias::SnapshotOf::<TypeConfig, SnapshotDir> { meta, snapshot };
         self.raft()
             .install_full_snapshot(vote, snapshot)
             .await
@@ -416,12 +426,8 @@ impl Group {
     }
 
     /// Forms the group of a restored tenant: this node alone, at the state in `dir`.
-    pub async fn found_from(
-        &self,
-        dir: PathBuf,
-        at: crate::Position,
-        address: &str,
-    ) -> Result<(), GroupError> {
+    pub async fn found_from(&self, snapshot: SnapshotDir, address: &str) -> Result<(), GroupError> {
+        let at = snapshot.state.applied.unwrap_or_default();
         let last = super::types::log_id(at);
         let own = self.shared.peers.own_id();
         let alone = openraft::Membership::new(
@@ -435,7 +441,7 @@ impl Group {
         };
         // A foreign id: a vote of one's own would make openraft take this node for the leader.
         let vote = Vote::new_committed(at.term + 1, u64::MAX);
-        self.install(vote, meta, dir)
+        self.install(vote, meta, snapshot)
             .await
             .map_err(|e| self.error(e))?;
         let raft = self.raft();
@@ -450,6 +456,11 @@ impl Group {
             .map_err(|e| self.error(e))
     }
 
+    /// Has another voter, which is caught up, lead in this one's place.
+    pub async fn give_lead(&self, to: u64) {
+        let _ = self.raft().trigger().transfer_leader(to).await;
+    }
+
     /// The archived index that a leader sent along.
     pub fn note_archived(&self, index: u64) {
         self.shared.note_archived(index);
@@ -461,7 +472,7 @@ impl Group {
             return;
         }
         tracing::error!(group = %self.id(), "the tenant's chain was closed by a restore: this group stops serving");
-        if let Err(e) = self.replica.dir.fence() {
+        if let Err(e) = self.replica().dir.fence() {
             tracing::error!(group = %self.id(), error = %e, "the end of this group is not recorded: it is found out again after a restart");
         }
         // On its own: a peer that asked for it may hang up.
@@ -493,7 +504,7 @@ impl Group {
 
     /// The newest checkpoint here, if there is one.
     pub fn checkpoint(&self) -> std::io::Result<Option<Checkpoint>> {
-        let Some(found) = self.replica.dir.snapshot()? else {
+        let Some(found) = self.replica().dir.snapshot()? else {
             return Ok(None);
         };
         Ok(Some(Checkpoint {
@@ -502,15 +513,19 @@ impl Group {
         }))
     }
 
-    /// Asks for a checkpoint; it is made in the background.
+    /// Asks for a checkpoint; it is made in the background, and not while the tenant is sealed.
     pub async fn make_checkpoint(&self) {
-        let _ = self.raft().trigger().snapshot().await;
+        if self.sealed().is_none() {
+            let _ = self.raft().trigger().snapshot().await;
+        }
     }
 
     /// Counts the digests anew from every row, reading at most `rate` bytes a second, and compares
     /// them with the running ones of the same moment. Blocking.
     pub fn scan(&self, rate: u64) -> Result<(), ScanError> {
-        let hasher = Hasher::new(&self.keys);
+        let keys = self.keys().ok_or(EngineError::Sealed)?;
+        let hasher = Hasher::new(&keys);
+        drop(keys);
         let (started, mut read) = (Instant::now(), 0u64);
         let pace = |bytes: usize| {
             read += bytes as u64;
@@ -531,7 +546,7 @@ impl Group {
     /// Ends this replica, which is damaged: it comes back as a new one, from its peers.
     pub async fn quarantine(&self) {
         tracing::error!(group = %self.id(), "ALARM: this replica is damaged and stops; remove the node's data directory, so that it comes back as a new node");
-        if let Err(e) = self.replica.dir.quarantine() {
+        if let Err(e) = self.replica().dir.quarantine() {
             tracing::error!(group = %self.id(), error = %e, "the quarantine is not recorded: the damage is found again after a restart");
         }
         self.set_quarantined(true);

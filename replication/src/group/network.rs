@@ -190,7 +190,7 @@ impl RaftNetworkV2<C> for Client {
             self.group,
             vote,
             snapshot.meta,
-            &snapshot.snapshot.0,
+            &snapshot.snapshot,
         );
         let body = tokio::select! {
             sent = sent => sent.map_err(|e| {

@@ -50,6 +50,8 @@ pub enum ProposeError {
     Overloaded,
     #[error("etcdserver: server stopped")]
     Stopped,
+    #[error("holdfast: the tenant is sealed where its leader is: its key may not be used now")]
+    Sealed,
     /// Perhaps done.
     #[error("etcdserver: leader changed")]
     LeaderChanged,
@@ -58,6 +60,7 @@ pub enum ProposeError {
 }
 
 const NOT_LEADER: &str = "not the leader";
+const SEALED: &str = "sealed";
 
 type Answer = Result<Vec<Reply>, ProposeError>;
 
@@ -215,7 +218,11 @@ async fn start_write(shared: &Shared, commands: Vec<Command>) -> (Started, Vec<C
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
-    let (sealed, commands) = shared.codec.seal(commands, now.as_millis() as u64);
+    let Some(machine) = shared.replica.machine() else {
+        return (Err(Outcome::Failed(ProposeError::Sealed)), commands);
+    };
+    let (sealed, commands) = machine.codec().seal(commands, now.as_millis() as u64);
+    drop(machine);
     let (responder, outcome) = ProgressResponder::complete_only();
     let entry = Sealed(Bytes::from(sealed));
     let started = match shared.raft.client_write_ff(entry, Some(responder)).await {
@@ -306,6 +313,7 @@ async fn forward(shared: &Shared, body: &[u8]) -> Outcome {
             Outcome::Done(replies.replies)
         }
         Err(CallError::Remote(why)) if why == NOT_LEADER => Outcome::NotLeader,
+        Err(CallError::Remote(why)) if why == SEALED => Outcome::Failed(ProposeError::Sealed),
         Err(CallError::Remote(_)) => Outcome::Failed(ProposeError::LeaderChanged),
         Err(CallError::NotConnected) => Outcome::NotLeader,
         Err(CallError::Disconnected) => Outcome::Failed(ProposeError::LeaderChanged),
@@ -319,6 +327,7 @@ pub(super) async fn serve(proposer: &Proposer, body: Bytes) -> Result<Bytes, Str
     match proposer.propose(commands.commands, true).await {
         Ok(replies) => Ok(Replies { replies }.encode_to_vec().into()),
         Err(ProposeError::NoLeader | ProposeError::Overloaded) => Err(NOT_LEADER.into()),
+        Err(ProposeError::Sealed) => Err(SEALED.into()),
         Err(e) => Err(e.to_string()),
     }
 }

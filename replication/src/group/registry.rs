@@ -125,14 +125,14 @@ impl Handler for Groups {
             Service::SnapshotEnd => {
                 let end: snapshot::End = parse(&body)?;
                 let path = group.dir().to_path_buf();
-                let (end, dir) = tokio::task::spawn_blocking(move || {
-                    let dir = snapshot::receive_end(&path, &end);
-                    dir.map(|dir| (end, dir))
+                let (end, received) = tokio::task::spawn_blocking(move || {
+                    let received = snapshot::receive_end(&path, &end);
+                    received.map(|received| (end, received))
                 })
                 .await
                 .map_err(|e| e.to_string())?
                 .map_err(|e| e.to_string())?;
-                json(&group.install(end.vote, end.meta, dir).await?)
+                json(&group.install(end.vote, end.meta, received).await?)
             }
             Service::Propose => propose::serve(group.proposer(), body).await,
             Service::ReadIndex => read::serve(group.shared()).await,

@@ -16,8 +16,10 @@ use futures::StreamExt;
 use serde::{Deserialize, Serialize};
 
 use super::replica::open_files;
+use super::state_machine::SnapshotDir;
 use super::types::{SnapshotMeta, Vote};
 use crate::GroupId;
+use crate::machine::State;
 use crate::network::{CallError, Connection, Service};
 
 const CHUNK: usize = 1 << 20;
@@ -37,6 +39,8 @@ pub struct End {
     pub session: String,
     pub vote: Vote,
     pub meta: SnapshotMeta,
+    /// The state row that the files stand at, in hex: a sealed receiver cannot read it from them.
+    pub state: String,
     pub files: BTreeMap<String, FileInfo>,
 }
 
@@ -59,7 +63,7 @@ pub async fn send(
     group: GroupId,
     vote: Vote,
     meta: SnapshotMeta,
-    dir: &Path,
+    snapshot: &SnapshotDir,
 ) -> Result<Bytes, CallError> {
     let session = hex::encode(kms::secret::random_bytes::<8>());
     let local = |e: io::Error| CallError::Remote(format!("reading the snapshot here: {e}"));
@@ -71,7 +75,7 @@ pub async fn send(
     )
     .await?;
     let mut files = BTreeMap::new();
-    for (name, file) in open_files(dir).map_err(local)? {
+    for (name, file) in open_files(&snapshot.path).map_err(local)? {
         let file = Arc::new(file);
         let length = file.metadata().map_err(local)?.len();
         let mut hasher = blake3::Hasher::new();
@@ -109,6 +113,7 @@ pub async fn send(
         session,
         vote,
         meta,
+        state: hex::encode(snapshot.state.encode()),
         files,
     };
     let body = serde_json::to_vec(&end).map_err(|e| CallError::Remote(e.to_string()))?;
@@ -150,8 +155,8 @@ pub fn receive_chunk(replica: &Path, body: &[u8]) -> io::Result<()> {
     file.write_all_at(&body[4 + length..], head.offset)
 }
 
-/// Verifies and syncs what was received; answers its directory.
-pub fn receive_end(replica: &Path, end: &End) -> io::Result<PathBuf> {
+/// Verifies and syncs what was received.
+pub fn receive_end(replica: &Path, end: &End) -> io::Result<SnapshotDir> {
     let dir = session_dir(replica, &end.session)?;
     for (name, info) in &end.files {
         if !plain_name(name) {
@@ -170,5 +175,9 @@ pub fn receive_end(replica: &Path, end: &End) -> io::Result<PathBuf> {
         }
     }
     super::replica::sync_dir(&dir)?;
-    Ok(dir)
+    let state = hex::decode(&end.state).map_err(io::Error::other)?;
+    Ok(SnapshotDir {
+        path: dir,
+        state: State::decode(&state)?,
+    })
 }

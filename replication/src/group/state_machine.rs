@@ -3,57 +3,44 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::{Stream, TryStreamExt};
 use kms::TenantKeys;
 use openraft::storage::{ApplyResponder, EntryResponder, RaftStateMachine};
 use openraft::{OptionalSend, RaftSnapshotBuilder};
 
-use super::replica::{ReplicaDir, sync_dir};
+use super::replica::sync_dir;
+use super::sealing::Replica;
 use super::types::{
     Answer, LogId, SnapshotMeta, StoredMembership, TypeConfig, decode_membership,
-    encode_membership, log_id, machine_entry,
+    encode_membership, log_id,
 };
-use crate::engine::{Budget, Engine};
+use crate::engine::Engine;
 use crate::machine::{Machine, State};
 
-/// A checkpoint's directory. Its files stay readable while they are open.
+/// How often a snapshot is tried of a tenant that was sealed before its first.
+const SEALED_AGAIN: Duration = Duration::from_secs(1);
+
+/// A checkpoint's directory and the state that it stands at. Its files stay readable while they are
+/// open.
 #[derive(Clone, Debug)]
-pub struct SnapshotDir(pub PathBuf);
+pub struct SnapshotDir {
+    pub path: PathBuf,
+    pub state: State,
+}
 
 type Snapshot = openraft::alias::SnapshotOf<TypeConfig, SnapshotDir>;
 
-/// What snapshots are made from and installed into.
-pub struct Replica {
-    pub dir: ReplicaDir,
-    pub keys: Arc<TenantKeys>,
-    pub budget: Arc<Budget>,
-    /// One snapshot is made or installed at a time.
-    pub snapshots: parking_lot::Mutex<()>,
-}
-
-pub struct StateMachine {
-    pub machine: Arc<Machine>,
-    pub replica: Arc<Replica>,
-}
-
-fn applied(machine: &Machine) -> io::Result<(Option<LogId>, StoredMembership)> {
-    let engine = machine.store().engine();
-    let state = State::read(&engine)?;
-    let membership = match State::read_membership(&engine)? {
-        Some(bytes) => decode_membership(&bytes)
-            .ok_or_else(|| io::Error::other("the stored membership does not parse"))?,
-        None => StoredMembership::default(),
-    };
-    Ok((state.applied.map(log_id), membership))
-}
+pub struct StateMachine(pub Arc<Replica>);
 
 impl RaftStateMachine<TypeConfig> for StateMachine {
     type SnapshotData = SnapshotDir;
     type SnapshotBuilder = Builder;
 
     async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
-        applied(&self.machine)
+        let applied = self.0.applied().await?;
+        Ok((applied.position, applied.membership))
     }
 
     async fn apply<Strm>(&mut self, mut entries: Strm) -> Result<(), io::Error>
@@ -63,17 +50,13 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         let mut batch = Vec::new();
         let mut responders: Vec<Option<ApplyResponder<TypeConfig>>> = Vec::new();
         while let Some((entry, responder)) = entries.try_next().await? {
-            batch.push(machine_entry(entry));
+            batch.push(entry);
             responders.push(responder);
         }
         if batch.is_empty() {
             return Ok(());
         }
-        let group = self.machine.group();
-        let replies = self.machine.apply(batch).map_err(|e| {
-            tracing::error!(%group, error = %e, "this replica cannot apply an entry: it stops here");
-            io::Error::other(e.to_string())
-        })?;
+        let replies = self.0.apply(batch).await?;
         for (responder, replies) in responders.into_iter().zip(replies) {
             if let Some(responder) = responder {
                 responder.send(Answer { replies });
@@ -83,10 +66,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     }
 
     async fn get_snapshot_builder(&mut self) -> Builder {
-        Builder {
-            machine: self.machine.clone(),
-            replica: self.replica.clone(),
-        }
+        Builder(self.0.clone())
     }
 
     async fn install_snapshot(
@@ -94,33 +74,78 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         meta: &SnapshotMeta,
         snapshot: SnapshotDir,
     ) -> Result<(), io::Error> {
-        let (machine, replica, meta) = (self.machine.clone(), self.replica.clone(), meta.clone());
-        tokio::task::spawn_blocking(move || install(&machine, &replica, &meta, snapshot))
+        let (replica, meta) = (self.0.clone(), meta.clone());
+        tokio::task::spawn_blocking(move || install(&replica, &meta, snapshot))
             .await
             .map_err(io::Error::other)?
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
-        let _one = self.replica.snapshots.lock();
-        let found = self.replica.dir.snapshot()?;
-        Ok(found.map(|found| Snapshot {
-            meta: found.meta,
-            snapshot: SnapshotDir(found.dir),
-        }))
+        let _one = self.0.snapshots.lock();
+        current(&self.0)
     }
+}
+
+fn current(replica: &Replica) -> io::Result<Option<Snapshot>> {
+    let found = replica.dir.snapshot()?;
+    Ok(found.map(|found| Snapshot {
+        meta: found.meta,
+        snapshot: SnapshotDir {
+            path: found.dir,
+            state: found.state,
+        },
+    }))
+}
+
+/// Puts a received checkpoint in use.
+fn install(replica: &Replica, meta: &SnapshotMeta, snapshot: SnapshotDir) -> io::Result<()> {
+    let mut passed = replica.hold();
+    let _one = replica.snapshots.lock();
+    let before = match replica.machine() {
+        Some(machine) => install_open(replica, &machine, meta, &snapshot.path)?,
+        None => {
+            let before = install_sealed(replica, meta, &snapshot)?;
+            passed.position = meta.last_log_id;
+            passed.membership = meta.last_membership.clone();
+            replica
+                .store
+                .pass(meta.last_log_id.as_ref().map(super::types::position));
+            before
+        }
+    };
+    let _ = std::fs::remove_dir_all(before);
+    let _ = std::fs::remove_dir_all(&snapshot.path);
+    Ok(())
+}
+
+/// As files only: the tenant's key is away.
+fn install_sealed(
+    replica: &Replica,
+    meta: &SnapshotMeta,
+    snapshot: &SnapshotDir,
+) -> io::Result<PathBuf> {
+    let (number, path) = replica.dir.next_engine(&snapshot.path)?;
+    sync_dir(&path)?;
+    let scratch = replica.dir.scratch("installed");
+    let _ = std::fs::remove_dir_all(&scratch);
+    crate::engine::link_dir(&path, &scratch)?;
+    // In this order: a replica that is opened sealed begins at its snapshot, which the engine must
+    // not stand behind.
+    let before = replica.dir.use_engine(number)?;
+    replica.dir.set_snapshot(&scratch, meta, &snapshot.state)?;
+    Ok(before)
 }
 
 /// Opens the received checkpoint as the next engine and puts it in use. Nothing of the old engine
 /// is touched before the new one is open and has the snapshot's position and membership.
-fn install(
-    machine: &Machine,
+fn install_open(
     replica: &Replica,
+    machine: &Machine,
     meta: &SnapshotMeta,
-    snapshot: SnapshotDir,
-) -> io::Result<()> {
-    let _one = replica.snapshots.lock();
-    let (number, path) = replica.dir.next_engine(&snapshot.0)?;
-    let engine = Engine::open(&path, replica.keys.clone(), &replica.budget)?;
+    files: &std::path::Path,
+) -> io::Result<PathBuf> {
+    let (number, path) = replica.dir.next_engine(files)?;
+    let engine = Engine::open(&path, machine.keys().clone(), &replica.budget)?;
     let mut state = State::read(&engine)?;
     let mut batch = rocksdb::WriteBatch::default();
     state.applied = meta.last_log_id.as_ref().map(super::types::position);
@@ -136,52 +161,61 @@ fn install(
     let _ = std::fs::remove_dir_all(&scratch);
     engine.checkpoint(&scratch)?;
     sync_dir(&scratch)?;
-    replica.dir.set_snapshot(&scratch, meta, &state)?;
     let before = replica.dir.use_engine(number)?;
-    machine.store().replace(engine)?;
-    let _ = std::fs::remove_dir_all(before);
-    let _ = std::fs::remove_dir_all(&snapshot.0);
-    Ok(())
+    replica.dir.set_snapshot(&scratch, meta, &state)?;
+    replica.store.replace(engine)?;
+    Ok(before)
 }
 
 /// Makes a checkpoint of the present state.
-pub struct Builder {
-    machine: Arc<Machine>,
-    replica: Arc<Replica>,
-}
+pub struct Builder(Arc<Replica>);
 
 impl RaftSnapshotBuilder<TypeConfig> for Builder {
     type SnapshotData = SnapshotDir;
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
-        let (machine, replica) = (self.machine.clone(), self.replica.clone());
-        tokio::task::spawn_blocking(move || build(&machine, &replica))
-            .await
-            .map_err(io::Error::other)?
+        loop {
+            let replica = self.0.clone();
+            let built = tokio::task::spawn_blocking(move || build(&replica))
+                .await
+                .map_err(io::Error::other)??;
+            match built {
+                Some(snapshot) => return Ok(snapshot),
+                // Sealed before it ever made one.
+                None => tokio::time::sleep(SEALED_AGAIN).await,
+            }
+        }
     }
 }
 
-fn build(machine: &Machine, replica: &Replica) -> io::Result<Snapshot> {
+/// A sealed replica has the checkpoint that it made last.
+fn build(replica: &Replica) -> io::Result<Option<Snapshot>> {
     let _one = replica.snapshots.lock();
+    let (Some(machine), Ok(engine)) = (replica.machine(), replica.store.engine()) else {
+        return current(replica);
+    };
     let scratch = replica.dir.scratch("checkpoint");
     let _ = std::fs::remove_dir_all(&scratch);
-    machine.store().engine().checkpoint(&scratch)?;
+    engine.checkpoint(&scratch)?;
+    drop(engine);
     sync_dir(&scratch)?;
     // Apply goes on meanwhile: the checkpoint itself says where it stands.
-    let (meta, state) = read_meta(&scratch, replica)?;
-    let dir = replica.dir.set_snapshot(&scratch, &meta, &state)?;
-    Ok(Snapshot {
-        meta,
-        snapshot: SnapshotDir(dir),
-    })
+    let (meta, state) = read_meta(&scratch, replica, machine.keys().clone())?;
+    let path = replica.dir.set_snapshot(&scratch, &meta, &state)?;
+    let snapshot = SnapshotDir { path, state };
+    Ok(Some(Snapshot { meta, snapshot }))
 }
 
 /// The position and membership that a checkpoint stands at, read from a linked copy of it.
-fn read_meta(dir: &std::path::Path, replica: &Replica) -> io::Result<(SnapshotMeta, State)> {
+fn read_meta(
+    dir: &std::path::Path,
+    replica: &Replica,
+    keys: Arc<TenantKeys>,
+) -> io::Result<(SnapshotMeta, State)> {
     let copy = replica.dir.scratch("meta");
     let _ = std::fs::remove_dir_all(&copy);
     crate::engine::link_dir(dir, &copy)?;
-    let engine = Engine::open(&copy, replica.keys.clone(), &replica.budget)?;
+    let engine = Engine::open(&copy, keys, &replica.budget)?;
     let state = State::read(&engine)?;
     let membership = State::read_membership(&engine)?
         .and_then(|bytes| decode_membership(&bytes))

@@ -6,16 +6,14 @@ use kms::{Secret, TenantId, TenantKeys};
 use openraft::StorageError;
 use openraft::testing::log::{StoreBuilder, Suite};
 use openraft::type_config::TypeConfigExt;
-use parking_lot::Mutex;
 
 use super::replica::ReplicaDir;
-use super::state_machine::{Replica, StateMachine};
+use super::sealing::Replica;
+use super::state_machine::StateMachine;
 use super::types::TypeConfig;
 use crate::GroupId;
-use crate::command::EntryCodec;
-use crate::engine::{Budget, Ciphering, Engine};
+use crate::engine::{Budget, Ciphering};
 use crate::log::{GroupLog, NodeLog};
-use crate::machine::{Machine, Store};
 
 struct Builder;
 
@@ -31,17 +29,9 @@ fn build() -> Result<(tempfile::TempDir, GroupLog, StateMachine), Box<dyn std::e
     let budget = Budget::new(64 << 20, 8 << 20, Ciphering::Encrypted);
     let log = NodeLog::open(&dir.path().join("log"))?;
     let replica = ReplicaDir::open(&dir.path().join("replica"))?;
-    let engine = Engine::open(&replica.engine()?, keys.clone(), &budget)?;
-    let store = Arc::new(Store::open(engine)?);
-    let codec = Arc::new(EntryCodec::new(&keys, id));
-    let machine = Arc::new(Machine::new(store, codec, &keys, id));
-    let replica = Arc::new(Replica {
-        dir: replica,
-        keys,
-        budget,
-        snapshots: Mutex::new(()),
-    });
-    Ok((dir, log.group(id), StateMachine { machine, replica }))
+    let log = log.group(id);
+    let replica = Replica::open(id, replica, budget, log.reader(), Ok(keys))?;
+    Ok((dir, log, StateMachine(replica)))
 }
 
 impl StoreBuilder<TypeConfig, GroupLog, StateMachine, tempfile::TempDir> for Builder {

@@ -29,10 +29,11 @@ pub(super) async fn watch_applied(
     let mut applied = shared.store.watch();
     while applied.changed().await.is_ok() {
         let (index, digests) = {
-            let state = applied.borrow_and_update();
-            (state.applied.map_or(0, |at| at.index), state.digests)
+            let standing = applied.borrow_and_update();
+            (standing.index(), standing.state.as_ref().map(|s| s.digests))
         };
         shared.ledger.applied(index);
+        let Some(digests) = digests else { continue };
         let mut recent = recent.lock();
         recent.push_back((index, digests));
         if recent.len() > RECENT_DIGESTS {
@@ -43,19 +44,28 @@ pub(super) async fn watch_applied(
 
 /// Makes checkpoints as the log grows, and purges the log behind checkpoint and archive.
 pub(super) async fn maintain(shared: Arc<Shared>, max_log_bytes: u64) {
-    let mut at_checkpoint: Option<u64> = None;
+    let snapshot = shared.replica.dir.snapshot().ok().flatten();
+    let mut at_checkpoint = snapshot.map_or(0, |found| found.state.bytes);
     let mut asked = Instant::now();
     loop {
         tokio::time::sleep(MAINTENANCE).await;
+        if shared.replica.sealed().is_some() {
+            continue;
+        }
         let state = shared.store.state();
-        let since = *at_checkpoint.get_or_insert(state.bytes);
-        if state.bytes.saturating_sub(since) >= CHECKPOINT_BYTES {
-            at_checkpoint = Some(state.bytes);
+        if state.bytes.saturating_sub(at_checkpoint) >= CHECKPOINT_BYTES {
+            at_checkpoint = state.bytes;
             let _ = shared.raft.trigger().snapshot().await;
         }
         let metrics = shared.raft.metrics().borrow_watched().clone();
         let snapshot = metrics.snapshot.map_or(0, |id| id.index);
         let purged = metrics.purged.map_or(0, |id| id.index);
+        // The engine stood ahead of the log when this node started. A replica that is opened sealed
+        // begins at its checkpoint, which must not lie behind what is purged.
+        if purged > snapshot && asked.elapsed() > MAINTENANCE {
+            asked = Instant::now();
+            let _ = shared.raft.trigger().snapshot().await;
+        }
         let archived = shared.archived();
         let over = shared.log.disk_bytes() > max_log_bytes;
         // A small or idle group makes no checkpoint by itself, and would hold the oldest files.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use kms::TenantKeys;
+use kms::{SealError, TenantKeys};
 use parking_lot::Mutex;
 use prost::Message;
 use rocksdb::WriteBatch;
@@ -54,26 +54,36 @@ pub struct Entry {
     pub payload: Payload,
 }
 
-/// Applies the entries of one group to one store.
+impl MachineError {
+    /// The generation of the tenant's key that an entry needs and this node does not hold.
+    pub fn missing_generation(&self) -> Option<u32> {
+        match self {
+            MachineError::Open {
+                cause: OpenError::Seal(SealError::UnknownGeneration(generation)),
+                ..
+            } => Some(*generation),
+            _ => None,
+        }
+    }
+}
+
+/// Applies the entries of one group to one store. It holds the tenant's keys.
 pub struct Machine {
     store: Arc<Store>,
-    codec: Arc<EntryCodec>,
+    keys: Arc<TenantKeys>,
+    codec: EntryCodec,
     hasher: Hasher,
     group: GroupId,
     latest: Mutex<Latest>,
 }
 
 impl Machine {
-    pub fn new(
-        store: Arc<Store>,
-        codec: Arc<EntryCodec>,
-        keys: &TenantKeys,
-        group: GroupId,
-    ) -> Self {
+    pub fn new(store: Arc<Store>, keys: Arc<TenantKeys>, group: GroupId) -> Self {
         Machine {
             store,
-            codec,
-            hasher: Hasher::new(keys),
+            codec: EntryCodec::new(&keys, group),
+            hasher: Hasher::new(&keys),
+            keys,
             group,
             latest: Mutex::default(),
         }
@@ -85,6 +95,14 @@ impl Machine {
 
     pub fn group(&self) -> GroupId {
         self.group
+    }
+
+    pub fn keys(&self) -> &Arc<TenantKeys> {
+        &self.keys
+    }
+
+    pub fn codec(&self) -> &EntryCodec {
+        &self.codec
     }
 
     /// Applies `entries` in order, atomically; answers the replies of each.
@@ -102,7 +120,7 @@ impl Machine {
         entries: Vec<Entry>,
         latest: &mut Latest,
     ) -> Result<Vec<Vec<Reply>>, MachineError> {
-        let engine = self.store.engine();
+        let engine = self.store.engine()?;
         latest.bind(&engine);
         let mut writer = Writer {
             latest,
@@ -127,6 +145,14 @@ impl Machine {
 
     fn apply_one(&self, writer: &mut Writer<'_>, entry: Entry) -> Result<Vec<Reply>, MachineError> {
         let at = entry.position;
+        // After a restart while sealed an engine can stand ahead of what has passed since.
+        if writer
+            .state
+            .applied
+            .is_some_and(|done| at.index <= done.index)
+        {
+            return Ok(Vec::new());
+        }
         writer.state.applied = Some(at);
         let sealed = match entry.payload {
             Payload::Blank => return Ok(Vec::new()),

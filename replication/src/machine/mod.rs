@@ -3,7 +3,7 @@
 //! Invariants. Apply is deterministic: time and ids arrive in the entry. Data, applied position,
 //! membership and digests change in one write batch, so that the engine stands at one entry at any
 //! moment. Replies leave after that write. An entry that does not open is an error of this
-//! replica, which stops; it is never skipped.
+//! replica, which stops; it is never skipped. One that was applied before changes nothing.
 
 mod apply;
 mod latest;
@@ -13,4 +13,4 @@ mod txn;
 
 pub use apply::{Entry, Machine, MachineError, Payload, check_command};
 pub use state::State;
-pub use store::Store;
+pub use store::{Standing, Store};

@@ -2,15 +2,17 @@
 //!
 //! A reader holds the read lock only while it takes a snapshot, so that rows and revision belong
 //! together; apply holds the write lock while it writes a batch. Installing a snapshot replaces
-//! the engine; readers finish on the old one.
+//! the engine; readers finish on the old one. While the tenant is sealed there is no engine, and
+//! entries pass unapplied: what is read then is an error.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use parking_lot::RwLock;
 use prost::Message;
 use tokio::sync::watch;
 
 use super::state::State;
+use crate::Position;
 use crate::engine::{Cf, Engine, EngineError};
 use crate::mvcc::check::Failed;
 use crate::mvcc::digest::{Digests, Hasher};
@@ -20,39 +22,91 @@ use crate::proto::command::User;
 use crate::proto::etcdserverpb::{RangeRequest, RangeResponse, TxnRequest, TxnResponse};
 
 struct Inner {
-    engine: Arc<Engine>,
+    /// None while the tenant is sealed.
+    engine: Option<Arc<Engine>>,
+    /// As it was last known.
     state: State,
+}
+
+impl Inner {
+    fn engine(&self) -> Result<&Arc<Engine>, EngineError> {
+        self.engine.as_ref().ok_or(EngineError::Sealed)
+    }
+}
+
+/// Where a replica stands.
+#[derive(Clone, Debug, Default)]
+pub struct Standing {
+    /// The last entry that was applied, or passed while sealed: it is committed either way.
+    pub position: Option<Position>,
+    /// The state there; none while sealed.
+    pub state: Option<State>,
+}
+
+impl From<&State> for Standing {
+    fn from(state: &State) -> Self {
+        Standing {
+            position: state.applied,
+            state: Some(state.clone()),
+        }
+    }
+}
+
+impl Standing {
+    pub fn index(&self) -> u64 {
+        self.position.map_or(0, |at| at.index)
+    }
 }
 
 /// The readable state of one tenant's replica.
 pub struct Store {
     inner: RwLock<Inner>,
-    applied: watch::Sender<State>,
+    standing: watch::Sender<Standing>,
 }
 
 impl Store {
     pub fn open(engine: Engine) -> Result<Self, EngineError> {
-        let state = State::read(&engine)?;
-        Ok(Store {
-            applied: watch::Sender::new(state.clone()),
+        let store = Self::sealed();
+        store.replace(engine)?;
+        Ok(store)
+    }
+
+    /// A store without an engine, until `replace` gives it one.
+    pub fn sealed() -> Self {
+        Store {
+            standing: watch::Sender::default(),
             inner: RwLock::new(Inner {
-                engine: Arc::new(engine),
-                state,
+                engine: None,
+                state: State::empty(),
             }),
-        })
+        }
     }
 
     pub fn state(&self) -> State {
         self.inner.read().state.clone()
     }
 
-    pub fn engine(&self) -> Arc<Engine> {
-        self.inner.read().engine.clone()
+    pub fn engine(&self) -> Result<Arc<Engine>, EngineError> {
+        self.inner.read().engine().cloned()
     }
 
-    /// Changes whenever something was applied.
-    pub fn watch(&self) -> watch::Receiver<State> {
-        self.applied.subscribe()
+    /// Changes whenever something was applied, or passed.
+    pub fn watch(&self) -> watch::Receiver<Standing> {
+        self.standing.subscribe()
+    }
+
+    /// Lets go of the engine; it closes once its last reader is done.
+    pub fn close(&self) -> Weak<Engine> {
+        let engine = self.inner.write().engine.take();
+        engine.map_or_else(Weak::new, |engine| Arc::downgrade(&engine))
+    }
+
+    /// Entries up to `position` are committed and pass unapplied.
+    pub fn pass(&self, position: Option<Position>) {
+        self.standing.send_replace(Standing {
+            position,
+            state: None,
+        });
     }
 
     /// Writes what apply has gathered and moves the state with it.
@@ -62,35 +116,39 @@ impl Store {
         state: State,
     ) -> Result<(), EngineError> {
         let mut inner = self.inner.write();
-        inner.engine.write(batch)?;
+        inner.engine()?.write(batch)?;
         inner.state = state.clone();
         drop(inner);
-        self.applied.send_replace(state);
+        self.standing.send_replace(Standing::from(&state));
         Ok(())
     }
 
     /// Moves the state without rows: a restore's step to the next incarnation.
     pub fn set_state(&self, state: State) -> Result<(), EngineError> {
         let mut batch = rocksdb::WriteBatch::default();
-        state.write(&self.engine(), &mut batch);
+        state.write(&*self.engine()?, &mut batch);
         self.commit(batch, state)
     }
 
     /// Puts another engine in the place of the present one.
     pub fn replace(&self, engine: Engine) -> Result<(), EngineError> {
         let state = State::read(&engine)?;
+        let standing = Standing::from(&state);
         let mut inner = self.inner.write();
-        inner.engine = Arc::new(engine);
-        inner.state = state.clone();
+        inner.engine = Some(Arc::new(engine));
+        inner.state = state;
         drop(inner);
-        self.applied.send_replace(state);
+        self.standing.send_replace(standing);
         Ok(())
     }
 
     /// Runs `read` on a consistent view.
-    pub fn view<T>(&self, read: impl FnOnce(&View<'_>, &State) -> T) -> T {
+    pub fn view<T, E: From<EngineError>>(
+        &self,
+        read: impl FnOnce(&View<'_>, &State) -> Result<T, E>,
+    ) -> Result<T, E> {
         let inner = self.inner.read();
-        let engine = inner.engine.clone();
+        let engine = inner.engine()?.clone();
         let state = inner.state.clone();
         let snapshot = engine.db().snapshot();
         drop(inner);
@@ -109,7 +167,7 @@ impl Store {
         if request.range_end.is_empty() && request.revision <= 0 {
             let inner = self.inner.read();
             let view = View {
-                engine: &inner.engine,
+                engine: inner.engine()?,
                 snapshot: None,
                 revision: inner.state.revision,
                 overlay: None,
@@ -135,7 +193,7 @@ impl Store {
 
     /// A user of the tenant.
     pub fn user(&self, name: &str) -> Result<Option<User>, EngineError> {
-        read_user(&self.engine(), name)
+        read_user(&*self.engine()?, name)
     }
 
     /// Counts the digests anew from every row of a snapshot, and says at which state. Rate-limited

@@ -84,29 +84,23 @@ pub struct Digests {
 
 /// Hashes rows for a digest under the tenant's secret digest key.
 pub struct Hasher {
-    key: [u8; 32],
+    key: kms::Secret,
 }
 
 impl Hasher {
     pub fn new(keys: &kms::TenantKeys) -> Self {
         Hasher {
-            key: *keys.digest_key().expose(),
+            key: keys.digest_key(),
         }
     }
 
     /// `row` is the stored form of the record under `key`.
     pub fn hash(&self, key: &[u8], row: &[u8]) -> Digest {
-        let mut hasher = blake3::Hasher::new_keyed(&self.key);
+        let mut hasher = blake3::Hasher::new_keyed(self.key.expose());
         hasher.update(&(key.len() as u64).to_be_bytes());
         hasher.update(key);
         hasher.update(row);
         Digest::from_bytes(*hasher.finalize().as_bytes())
-    }
-}
-
-impl Drop for Hasher {
-    fn drop(&mut self) {
-        zeroize::Zeroize::zeroize(&mut self.key);
     }
 }
 

@@ -21,7 +21,7 @@ pub use tls::{Identity, NodeTls, TlsError};
 use serde::{Deserialize, Serialize};
 
 /// The version of the protocol between nodes.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 /// The dialling side asks so often for a sign of life, and either side gives a connection up after
 /// such a silence: a peer that hangs, or a network that swallows everything, must not hold what

@@ -17,7 +17,7 @@ use kms::TenantKeys;
 use thiserror::Error;
 
 use crate::archive::chain::{Chain, ChainError, Created, Tail};
-use crate::archive::link::{Base, Closed, Header};
+use crate::archive::link::{Base, Closed, Header, LinkState};
 use crate::engine::{Budget, EngineError};
 use crate::machine::{MachineError, State};
 use crate::mvcc::digest::Digest;
@@ -183,11 +183,7 @@ pub async fn open_chain(
         writer: restore.to_string(),
         last: Some(restored.position),
         entries: 0,
-        state: Some(crate::archive::link::LinkState {
-            revision: restored.state.revision,
-            time_ms: restored.state.time_ms,
-            digests: restored.state.digests,
-        }),
+        state: Some(LinkState::from(&restored.state)),
         written_ms: 0,
         closed: None,
         base: Some(base),

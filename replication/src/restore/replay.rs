@@ -9,7 +9,6 @@ use super::plan::Plan;
 use super::{Progress, REVISION_JUMP, Report, RestoreError, Restored, io};
 use crate::archive::bucket::link_path;
 use crate::archive::link::Link;
-use crate::command::EntryCodec;
 use crate::engine::{Budget, Engine};
 use crate::group::replica::sync_dir;
 use crate::group::types::{decode_entry, machine_entry};
@@ -37,7 +36,7 @@ pub fn run(
         report(Progress::Verified);
         jump(&store)?;
         let checkpoint = dir.join("checkpoint");
-        store.engine().checkpoint(&checkpoint)?;
+        store.engine()?.checkpoint(&checkpoint)?;
         sync_dir(&checkpoint).map_err(io(&checkpoint))?;
         let state = store.state();
         Ok(Restored {
@@ -81,8 +80,7 @@ fn replay(
         replay(before, store, keys, report, done, total)?;
         jump(store)?;
     }
-    let codec = Arc::new(EntryCodec::new(keys, plan.group));
-    let machine = Machine::new(store.clone(), codec, keys, plan.group);
+    let machine = Machine::new(store.clone(), keys.clone(), plan.group);
     for link in &plan.links {
         apply(plan.group, link, &machine, store)?;
         *done += 1;

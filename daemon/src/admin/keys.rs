@@ -1,0 +1,177 @@
+//! What operators ask about tenants' keys: rotation, another KMS key, the grace, events.
+
+use std::time::Duration;
+
+use kms::{KeyUri, KmsError, Probe};
+use tokio::time::Instant;
+use tonic::Status;
+
+use super::AdminService;
+use crate::directory::Found;
+use crate::directory::records::{KeyTask, TenantRecord};
+use crate::limits;
+use crate::proto::admin::{
+    Event, EventList, KeyReport as KeyReportMessage, SetTenantRequest, Tenant as TenantMessage,
+};
+use crate::tenant::key::KeyReport;
+
+/// A task whose end is not seen within this goes on in the background.
+const DONE_WITHIN: Duration = Duration::from_secs(120);
+const LOOK: Duration = Duration::from_millis(100);
+
+pub fn message(report: KeyReport) -> KeyReportMessage {
+    KeyReportMessage {
+        node: report.node,
+        sealed: report.sealed.unwrap_or_default(),
+        refused_ms: report.refused_ms,
+        sealed_ms: report.sealed_ms,
+        resumed_ms: report.resumed_ms,
+        proof_age_ms: report.proof_age_ms,
+        unproven: report.unproven.unwrap_or_default(),
+        held: report.held,
+        sealing: report.sealing,
+    }
+}
+
+pub fn checked_grace(asked: Option<u64>) -> Result<u64, Status> {
+    let grace = asked.unwrap_or(limits::DEFAULT_GRACE.as_secs());
+    match grace <= limits::MAX_GRACE.as_secs() {
+        true => Ok(grace),
+        false => Err(Status::invalid_argument(format!(
+            "a grace of {grace} s is too long: use 0 to 24 h"
+        ))),
+    }
+}
+
+impl AdminService {
+    /// The record of a tenant as the region has it now.
+    async fn record(&self, name: &str) -> Result<Found<TenantRecord>, Status> {
+        let directory = self.directory()?;
+        let unavailable = |e: &dyn std::fmt::Display| Status::unavailable(e.to_string());
+        let barrier = directory.group().read_barrier().await;
+        barrier.map_err(|e| unavailable(&e))?;
+        let tenants = directory.tenants().map_err(|e| unavailable(&e))?;
+        let found = tenants.into_iter().find(|t| t.record.name == name);
+        found.ok_or_else(|| Status::not_found(format!("there is no tenant {name} in this region")))
+    }
+
+    async fn put(&self, found: &Found<TenantRecord>) -> Result<(), Status> {
+        let directory = self.directory()?;
+        let put = directory.put_tenant(&found.record, found.modified).await;
+        put.map_err(|e| Status::aborted(e.to_string()))
+    }
+
+    pub(super) async fn set(&self, request: SetTenantRequest) -> Result<TenantMessage, Status> {
+        let mut found = self.record(&request.name).await?;
+        if request.key_grace_s.is_some() {
+            found.record.key_grace_s = checked_grace(request.key_grace_s)?;
+        }
+        if let Some(days) = request.rotate_days {
+            found.record.rotate_days = days;
+        }
+        self.put(&found).await?;
+        self.shown(&request.name)
+    }
+
+    fn shown(&self, name: &str) -> Result<TenantMessage, Status> {
+        let tenant = self.0.tenants.get(name);
+        let tenant =
+            tenant.ok_or_else(|| Status::not_found(format!("there is no tenant {name}")))?;
+        Ok(self.message(&tenant))
+    }
+
+    fn idle(record: &TenantRecord) -> Result<(), Status> {
+        match &record.key_task {
+            None => Ok(()),
+            Some(task) => Err(Status::failed_precondition(format!(
+                "tenant {} is {task}: wait until that is done",
+                record.name
+            ))),
+        }
+    }
+
+    /// Makes a new data key; returns once new writes use it.
+    pub(super) async fn rotate(&self, name: &str) -> Result<TenantMessage, Status> {
+        let mut found = self.record(name).await?;
+        Self::idle(&found.record)?;
+        let task = KeyTask::Rotate {
+            generation: found.record.next_generation(),
+        };
+        found.record.key_task = Some(task.clone());
+        self.put(&found).await?;
+        self.done(name, &task).await
+    }
+
+    /// Moves to another KMS key; returns once the old one is needed no more.
+    pub(super) async fn change_key_to(
+        &self,
+        name: &str,
+        key: &str,
+    ) -> Result<TenantMessage, Status> {
+        let refuse = |e: KmsError| Status::failed_precondition(e.to_string());
+        let key: KeyUri = key
+            .parse()
+            .map_err(|e: KmsError| Status::invalid_argument(e.to_string()))?;
+        let mut found = self.record(name).await?;
+        Self::idle(&found.record)?;
+        if found.record.key == key {
+            return Err(Status::failed_precondition(format!(
+                "tenant {name} is under key {key} already; use 'holdfast key rotate' for a new data key"
+            )));
+        }
+        // Found out before anything is changed: the key can be used, from here and by its policy.
+        let (providers, region) = (&self.0.parts.providers, self.0.config.region);
+        let outside = providers.check_jurisdiction(&key, region).await;
+        outside.map_err(refuse)?;
+        let probe = Probe::make(providers, &key, found.record.id, region).await;
+        probe
+            .map_err(refuse)?
+            .ask(providers)
+            .await
+            .map_err(refuse)?;
+        let task = KeyTask::Change {
+            generation: found.record.next_generation(),
+            key,
+        };
+        found.record.key_task = Some(task.clone());
+        self.put(&found).await?;
+        self.done(name, &task).await
+    }
+
+    /// Waits until a task is done and this node says so.
+    async fn done(&self, name: &str, task: &KeyTask) -> Result<TenantMessage, Status> {
+        let deadline = Instant::now() + DONE_WITHIN;
+        loop {
+            if let Some(tenant) = self.0.tenants.get(name) {
+                let record = tenant.record();
+                if record.generation >= task.generation() && record.key_task.is_none() {
+                    return Ok(self.message(&tenant));
+                }
+            }
+            if Instant::now() >= deadline {
+                return Err(Status::deadline_exceeded(format!(
+                    "{task} is not done within {} s and goes on; look with 'holdfast tenant show {name}'",
+                    DONE_WITHIN.as_secs()
+                )));
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    pub(super) fn events(&self, tenant: &str) -> Result<EventList, Status> {
+        let events = self.directory()?.events();
+        let events = events.map_err(|e| Status::unavailable(e.to_string()))?;
+        let events = events.into_iter().map(|found| found.record);
+        let of = events.filter(|e| tenant.is_empty() || e.tenant == tenant);
+        let message = |e: crate::directory::records::EventRecord| Event {
+            at_ms: e.at_ms,
+            node: e.node,
+            tenant: e.tenant,
+            kind: e.kind.name().into(),
+            detail: e.detail,
+        };
+        Ok(EventList {
+            events: of.map(message).collect(),
+        })
+    }
+}

@@ -1,0 +1,217 @@
+//! The keeper of one tenant's key on this node: proves it, seals the tenant when it is taken away,
+//! takes the tenant up again when it is back.
+//!
+//! Invariants. A refusal by the KMS seals the tenant at once, on this node, by this node's own
+//! question; what another node says only makes it ask earlier. No answer is not a refusal: the
+//! tenant is served for its grace, counted from the last proof. Nothing is deleted, whatever the KMS
+//! says. One tenant's keeper waits for no other's.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kms::lease::{INTERVAL, boottime};
+use kms::{KmsError, Probe, WrappedKeyError};
+use replication::group::Group;
+use tokio::time::sleep;
+
+use super::key::now_ms;
+use super::{Tenant, wrapped};
+use crate::directory::records::{EventKind, TenantRecord};
+use crate::node::{Node, Question};
+
+/// After a question that was not answered.
+const AGAIN: Duration = Duration::from_secs(5);
+/// A sealed tenant's key is tried at once, then ever more seldom, down to the interval.
+const FIRST_TRY: Duration = Duration::from_secs(1);
+
+pub struct Keeper {
+    node: Arc<Node>,
+    tenant: Arc<Tenant>,
+    group: Arc<Group>,
+    probe: Option<Probe>,
+    pause: Duration,
+}
+
+/// Keeps the key as long as the tenant's incarnation is open here.
+pub async fn keep(node: Arc<Node>, tenant: Arc<Tenant>, group: Arc<Group>) {
+    let id = group.id();
+    let mut sealed = group.replica().watch_sealed();
+    let mut keeper = Keeper {
+        node,
+        tenant: tenant.clone(),
+        group: group.clone(),
+        probe: None,
+        pause: FIRST_TRY,
+    };
+    while tenant.record().group() == id && !group.is_fenced() && !group.is_quarantined() {
+        let nudged = tenant.nudged();
+        let wait = keeper.round().await;
+        sealed.borrow_and_update();
+        tokio::select! {
+            () = sleep(wait) => {}
+            () = nudged => keeper.pause = FIRST_TRY,
+            // Apply has met a generation that is not here yet.
+            changed = sealed.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+impl Keeper {
+    /// Asks once; answers when to ask again.
+    async fn round(&mut self) -> Duration {
+        match self.group.sealed() {
+            Some(why) => self.resume(&why).await,
+            None => self.prove().await,
+        }
+    }
+
+    async fn prove(&mut self) -> Duration {
+        let record = self.tenant.record();
+        let asked = match self.follow(&record).await {
+            Ok(()) => self.ask(&record).await.map_err(WrappedKeyError::from),
+            Err(e) => Err(e),
+        };
+        match asked {
+            Ok(sent) => {
+                self.tenant.key.proven(sent);
+                // Spread: tenants that were opened together do not ask together for ever.
+                INTERVAL.mul_f64(rand::random_range(0.95..1.05))
+            }
+            Err(WrappedKeyError::Kms(e @ KmsError::Refused { .. })) => {
+                self.tenant.key.refused();
+                self.seal(&e.to_string()).await;
+                FIRST_TRY
+            }
+            Err(e) => {
+                // Of a ciphertext that it cannot read, a KMS says nothing about the key.
+                self.probe = None;
+                let why = e.to_string();
+                let (tenant, grace) = (record.id, record.key_grace_s);
+                if self.tenant.key.unproven(&why) {
+                    tracing::error!(%tenant, %why, grace_s = grace, "ALARM: the tenant's key cannot be proven; it is served for its grace");
+                    let detail = format!("{why}; sealed after a grace of {grace} s");
+                    self.node.event(&record, EventKind::KeyUnproven, detail);
+                }
+                if self.tenant.key.lease.grace_is_over(boottime()) {
+                    let why = format!("its key could not be proven for {grace} s: {why}");
+                    self.seal(&why).await;
+                    return FIRST_TRY;
+                }
+                AGAIN.min(Duration::from_secs(grace.max(1)))
+            }
+        }
+    }
+
+    /// Asks the KMS whether the key may be used; answers when it was asked.
+    async fn ask(&mut self, record: &TenantRecord) -> Result<Duration, KmsError> {
+        let providers = &self.node.parts.providers;
+        if self.probe.as_ref().is_none_or(|p| *p.key() != record.key) {
+            let region = self.node.config.region;
+            self.probe = Some(Probe::make(providers, &record.key, record.id, region).await?);
+        }
+        match &self.probe {
+            Some(probe) => probe.ask(providers).await,
+            None => Err(KmsError::Invalid("there is no probe".into())),
+        }
+    }
+
+    /// Holds the generations that the record names, and seals under the one that it says.
+    async fn follow(&self, record: &TenantRecord) -> Result<(), WrappedKeyError> {
+        let Some(keys) = self.group.keys() else {
+            return Ok(());
+        };
+        let (parts, needed) = (&self.node.parts, record.needed());
+        for generation in &needed {
+            // Reading it replaces a copy that is under a KMS key of before.
+            let wrapped = parts.keys.load(record.id, *generation, &record.key).await?;
+            if keys.generation(*generation).is_none() {
+                wrapped.unwrap_into(&parts.providers, &keys).await?;
+                tracing::info!(tenant = %record.id, generation, "a key generation is here");
+            }
+        }
+        keys.seal_under(record.generation);
+        if let Some(oldest) = needed.first() {
+            keys.drop_before(*oldest);
+        }
+        Ok(())
+    }
+
+    async fn seal(&mut self, why: &str) {
+        let record = self.tenant.record();
+        tracing::error!(tenant = %record.id, %why, "ALARM: the tenant is sealed on this node");
+        self.probe = None;
+        self.pause = FIRST_TRY;
+        self.tell_others(&record);
+        self.group.seal(why).await;
+        self.tenant.key.sealed();
+        self.node
+            .event(&record, EventKind::Sealed, self.figures(why));
+    }
+
+    fn figures(&self, why: &str) -> String {
+        let report = self.tenant.key.report("", None);
+        let refused = match report.refused_ms {
+            0 => String::new(),
+            at => format!(
+                "{} ms after the KMS first refused here, ",
+                now_ms().saturating_sub(at)
+            ),
+        };
+        format!(
+            "{why} ({refused}{} ms after the last proof)",
+            report.proof_age_ms
+        )
+    }
+
+    /// Tries a sealed tenant's key.
+    async fn resume(&mut self, known: &str) -> Duration {
+        let record = self.tenant.record();
+        let sent = boottime();
+        let why = match wrapped(&self.node.parts, &record).await {
+            Ok(keys) => match self.group.unseal(Arc::new(keys)).await {
+                Ok(()) => {
+                    self.tenant.key.resumed(sent);
+                    tracing::info!(tenant = %record.id, "the tenant is resumed on this node");
+                    self.node.event(&record, EventKind::Resumed, String::new());
+                    self.pause = FIRST_TRY;
+                    self.tell_others(&record);
+                    return Duration::ZERO;
+                }
+                Err(e) => e.to_string(),
+            },
+            // No answer is no news of a sealed tenant's key.
+            Err(WrappedKeyError::Kms(KmsError::Unreachable { .. })) => known.to_string(),
+            Err(e) => e.to_string(),
+        };
+        if why != known {
+            self.group.seal(&why).await;
+        }
+        self.give_lead(&record).await;
+        let pause = self.pause;
+        self.pause = (pause * 2).min(INTERVAL);
+        pause.mul_f64(rand::random_range(0.9..1.1))
+    }
+
+    /// A sealed leader cannot propose: one who can takes its place, if there is one.
+    async fn give_lead(&self, record: &TenantRecord) {
+        if !self.group.is_leader() {
+            return;
+        }
+        let reports = self.node.key_reports(record).await;
+        if let Some((to, _)) = reports.iter().find(|(_, report)| report.sealed.is_none()) {
+            tracing::info!(tenant = %record.id, to = %to.name, "a sealed leader gives its place to a node that holds the key");
+            self.group.give_lead(to.id).await;
+        }
+    }
+
+    /// Has the other replicas' nodes ask now rather than at their next turn.
+    fn tell_others(&self, record: &TenantRecord) {
+        let question = Question::ProveKey(record.id);
+        for other in self.node.placed(record) {
+            let (node, question) = (self.node.clone(), question.clone());
+            if other.id != node.id {
+                tokio::spawn(async move { node.ask(&other.peer_address, &question).await });
+            }
+        }
+    }
+}

@@ -1,0 +1,275 @@
+//! A replica with its tenant's key, and without it: sealed.
+//!
+//! Invariants. The engine, and every key in clear, exists only between `unseal` and `seal`. A sealed
+//! replica goes on in its group: committed entries pass unapplied, snapshots are kept as files,
+//! nothing is purged, so that what was acknowledged reaches the archive and all of it is applied when
+//! the key is back. Whoever applies, lets pass, opens or closes holds one lock, so that each entry
+//! that has passed is applied once, in order. Sealing is over when engine and keys are gone from
+//! memory.
+
+use std::io;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use kms::TenantKeys;
+use openraft::EntryPayload;
+use parking_lot::RwLock;
+use tokio::sync::{OwnedMutexGuard, watch};
+
+use super::replica::ReplicaDir;
+use super::types::{
+    Entry, LogId, StoredMembership, decode_entry, decode_membership, log_id, machine_entry,
+};
+use crate::GroupId;
+use crate::engine::{Budget, Engine, EngineError};
+use crate::log::LogReader;
+use crate::machine::{Machine, State, Store};
+use crate::proto::command::Reply;
+
+/// Entries applied at once when the key is back.
+const REPLAY: usize = 4 << 20;
+/// Readers finish, and a checkpoint under way is made, before the engine is gone.
+const GONE_WITHIN: Duration = Duration::from_secs(30);
+const LOOK: Duration = Duration::from_millis(2);
+
+/// The last entry that passed, and the membership there. Kept while sealed only.
+#[derive(Clone, Default)]
+pub struct Passed {
+    pub position: Option<LogId>,
+    pub membership: StoredMembership,
+}
+
+/// One replica of a tenant.
+pub struct Replica {
+    pub group: GroupId,
+    pub dir: ReplicaDir,
+    pub budget: Arc<Budget>,
+    pub store: Arc<Store>,
+    pub log: LogReader,
+    /// One snapshot is made or installed at a time.
+    pub snapshots: parking_lot::Mutex<()>,
+    machine: RwLock<Option<Arc<Machine>>>,
+    passed: Arc<tokio::sync::Mutex<Passed>>,
+    /// Why the tenant is sealed here; none while it is not.
+    sealed: watch::Sender<Option<Arc<str>>>,
+}
+
+/// The position and membership that an engine stands at.
+fn applied(engine: &Engine) -> Result<Passed, EngineError> {
+    let membership = match State::read_membership(engine)? {
+        Some(bytes) => {
+            decode_membership(&bytes).ok_or(EngineError::Damaged("the stored membership"))?
+        }
+        None => StoredMembership::default(),
+    };
+    Ok(Passed {
+        position: State::read(engine)?.applied.map(log_id),
+        membership,
+    })
+}
+
+impl Replica {
+    /// Opens the replica in `dir` with its keys, or sealed, with the reason.
+    pub fn open(
+        group: GroupId,
+        dir: ReplicaDir,
+        budget: Arc<Budget>,
+        log: LogReader,
+        keys: Result<Arc<TenantKeys>, String>,
+    ) -> io::Result<Arc<Self>> {
+        // A sealed replica begins where its last checkpoint stands; the log holds what follows.
+        let snapshot = dir.snapshot()?.map(|found| found.meta);
+        let mut passed = snapshot.map_or_else(Passed::default, |meta| Passed {
+            position: meta.last_log_id,
+            membership: meta.last_membership,
+        });
+        passed.position = passed.position.max(log.purged().map(log_id));
+        let replica = Arc::new(Replica {
+            group,
+            dir,
+            budget,
+            store: Arc::new(Store::sealed()),
+            log,
+            snapshots: parking_lot::Mutex::new(()),
+            machine: RwLock::new(None),
+            passed: Arc::new(tokio::sync::Mutex::new(passed)),
+            sealed: watch::Sender::new(None),
+        });
+        match keys {
+            Ok(keys) => {
+                let machine = replica.open_engine(keys)?;
+                *replica.machine.write() = Some(machine);
+            }
+            Err(why) => drop(replica.sealed.send_replace(Some(why.into()))),
+        }
+        Ok(replica)
+    }
+
+    fn open_engine(&self, keys: Arc<TenantKeys>) -> Result<Arc<Machine>, EngineError> {
+        let engine = Engine::open(
+            &self.dir.engine().map_err(io_error)?,
+            keys.clone(),
+            &self.budget,
+        )?;
+        self.store.replace(engine)?;
+        Ok(Arc::new(Machine::new(self.store.clone(), keys, self.group)))
+    }
+
+    /// What applies entries here; none while the tenant is sealed.
+    pub fn machine(&self) -> Option<Arc<Machine>> {
+        self.machine.read().clone()
+    }
+
+    /// Why the tenant is sealed here; none while it is not.
+    pub fn sealed(&self) -> Option<Arc<str>> {
+        self.sealed.borrow().clone()
+    }
+
+    pub fn watch_sealed(&self) -> watch::Receiver<Option<Arc<str>>> {
+        self.sealed.subscribe()
+    }
+
+    pub async fn applied(&self) -> Result<Passed, EngineError> {
+        let passed = self.passed.lock().await;
+        match self.machine() {
+            Some(_) => applied(&*self.store.engine()?),
+            None => Ok(passed.clone()),
+        }
+    }
+
+    /// Applies committed entries, or lets them pass; answers the replies of each, which a sealed
+    /// replica has not.
+    pub async fn apply(&self, entries: Vec<Entry>) -> io::Result<Vec<Vec<Reply>>> {
+        let mut passed = self.passed.lock().await;
+        let count = entries.len();
+        let mut after = Passed::default();
+        for entry in &entries {
+            after.position = Some(entry.log_id);
+            if let EntryPayload::Membership(membership) = &entry.payload {
+                after.membership = StoredMembership::new(Some(entry.log_id), membership.clone());
+            }
+        }
+        if let Some(machine) = self.machine() {
+            let entries = entries.into_iter().map(machine_entry).collect();
+            let failed = match machine.apply(entries) {
+                Ok(replies) => return Ok(replies),
+                Err(failed) => failed,
+            };
+            drop(machine);
+            let Some(generation) = failed.missing_generation() else {
+                tracing::error!(group = %self.group, error = %failed, "this replica cannot apply an entry: it stops here");
+                return Err(io::Error::other(failed.to_string()));
+            };
+            // It goes on when whoever keeps the keys has brought that one too.
+            let why = format!("its key generation {generation} is not on this node yet");
+            self.sealed.send_replace(Some(why.into()));
+            self.close(&mut passed)?;
+        }
+        passed.position = after.position;
+        if after.membership.log_id().is_some() {
+            passed.membership = after.membership;
+        }
+        self.store
+            .pass(passed.position.as_ref().map(super::types::position));
+        Ok(vec![Vec::new(); count])
+    }
+
+    /// Takes engine and keys away; answers what is left of them until their last user is done.
+    fn close(&self, passed: &mut Passed) -> Result<(Weak<Engine>, Weak<TenantKeys>), EngineError> {
+        *passed = applied(&*self.store.engine()?)?;
+        let machine = self.machine.write().take();
+        let keys = machine.map_or_else(Weak::new, |m| Arc::downgrade(m.keys()));
+        let engine = self.store.close();
+        self.store
+            .pass(passed.position.as_ref().map(super::types::position));
+        Ok((engine, keys))
+    }
+
+    /// Seals the tenant on this node. When this returns, engine and keys are gone from memory, or
+    /// it is said that they are not.
+    pub async fn seal(&self, why: &str) {
+        // From here on nothing new is asked of the engine.
+        self.sealed.send_replace(Some(why.into()));
+        let mut passed = self.passed.clone().lock_owned().await;
+        if self.machine().is_none() {
+            return;
+        }
+        let closed = match self.close(&mut passed) {
+            Ok(closed) => closed,
+            Err(e) => {
+                tracing::error!(group = %self.group, error = %e, "the engine's position cannot be read: this replica cannot be sealed in good order, and the process ends");
+                std::process::abort();
+            }
+        };
+        drop(passed);
+        let started = Instant::now();
+        while closed.0.strong_count() + closed.1.strong_count() > 0 {
+            if started.elapsed() > GONE_WITHIN {
+                tracing::error!(group = %self.group, "ALARM: the tenant is sealed, but a reader still holds its engine or keys in memory");
+                return;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Opens a sealed replica and applies what has passed meanwhile.
+    pub async fn unseal(self: &Arc<Self>, keys: Arc<TenantKeys>) -> io::Result<()> {
+        let passed = self.passed.clone().lock_owned().await;
+        if self.machine().is_none() {
+            let replica = self.clone();
+            let opened = tokio::task::spawn_blocking(move || replica.catch_up(keys, passed));
+            opened.await.map_err(io::Error::other)??;
+        }
+        self.sealed.send_replace(None);
+        Ok(())
+    }
+
+    fn catch_up(&self, keys: Arc<TenantKeys>, passed: OwnedMutexGuard<Passed>) -> io::Result<()> {
+        let machine = self.open_engine(keys)?;
+        let done = self.replay(&machine, passed.position.map_or(0, |at| at.index));
+        match &done {
+            Ok(()) => *self.machine.write() = Some(machine),
+            Err(_) => {
+                self.store.close();
+                self.store
+                    .pass(passed.position.as_ref().map(super::types::position));
+            }
+        }
+        done
+    }
+
+    fn replay(&self, machine: &Machine, end: u64) -> io::Result<()> {
+        loop {
+            let applied = self.store.state().applied;
+            if end == 0 || applied.is_some_and(|at| at.index >= end) {
+                return Ok(());
+            }
+            let start = applied.map_or(0, |at| at.index + 1);
+            let read = self.log.read(start, end + 1, REPLAY)?;
+            let first = read.first().map(|(at, _)| at.index);
+            if first != Some(start) {
+                return Err(io::Error::other(format!(
+                    "entry {start}, which has passed, is not in the log"
+                )));
+            }
+            let entries = read.iter().map(|(at, bytes)| {
+                decode_entry(bytes)
+                    .map(machine_entry)
+                    .ok_or_else(|| io::Error::other(format!("log entry {at} does not parse")))
+            });
+            let entries: io::Result<Vec<_>> = entries.collect();
+            machine
+                .apply(entries?)
+                .map_err(|e| io::Error::other(e.to_string()))?;
+        }
+    }
+
+    /// Holds off applying, passing, sealing and unsealing. Blocking.
+    pub fn hold(&self) -> OwnedMutexGuard<Passed> {
+        self.passed.clone().blocking_lock_owned()
+    }
+}
+
+fn io_error(e: io::Error) -> EngineError {
+    EngineError::Io(e.to_string())
+}

@@ -1,0 +1,580 @@
+//! Rows 25 to 29: a tenant's key is taken away, given back, not answered for, rotated and changed.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use daemon::config::AwsKms;
+use daemon::proto::admin::Tenant;
+use etcd_client::Client;
+use holdfast_tests::kms::{Mode, Proxy, create_key, schedule_deletion, with_key};
+use holdfast_tests::memory;
+use holdfast_tests::region::{Region, files_below};
+use holdfast_tests::servers::{self, CLOUD_REGION};
+use kms::local::{KeyState, Keyfile};
+use kms::{KeyUri, Providers, Secret, TenantId, TenantKeys, WrappedKey, WrappedKeyStore};
+use replication::GroupId;
+use replication::archive::bucket::Bootstrap;
+use replication::archive::chain::Chain;
+use replication::group::types::{decode_entry, machine_entry};
+use replication::machine::Payload;
+
+/// The bound of the contract.
+const BOUND: Duration = Duration::from_secs(60);
+
+/// Writes numbered keys until told to stop; answers those acknowledged.
+struct Writer {
+    stop: Arc<AtomicBool>,
+    task: tokio::task::JoinHandle<Vec<u64>>,
+}
+
+impl Writer {
+    async fn start(region: &Region, tenant: &str) -> Result<Self> {
+        let mut client = region.client(tenant).await?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let task = tokio::spawn(async move {
+            let mut acknowledged = Vec::new();
+            for n in 0u64.. {
+                if stopped.load(Ordering::Relaxed) {
+                    break;
+                }
+                match client.put(format!("w/{n}"), n.to_string(), None).await {
+                    Ok(_) => acknowledged.push(n),
+                    Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+                }
+            }
+            acknowledged
+        });
+        Ok(Writer { stop, task })
+    }
+
+    async fn stop(self) -> Result<Vec<u64>> {
+        self.stop.store(true, Ordering::Relaxed);
+        Ok(self.task.await?)
+    }
+}
+
+async fn check_all(region: &Region, tenant: &str, acknowledged: &[u64]) -> Result<()> {
+    let mut client = region.client(tenant).await?;
+    for n in acknowledged {
+        let found = client.get(format!("w/{n}"), None).await?;
+        let value = found.kvs().first().map(|kv| kv.value().to_vec());
+        ensure!(
+            value == Some(n.to_string().into_bytes()),
+            "write {n} of {tenant} was acknowledged and is {value:?}"
+        );
+    }
+    Ok(())
+}
+
+/// What a tenant's request is answered at each node: `None` where it is served.
+async fn refusals(clients: &mut [Client]) -> Vec<Option<String>> {
+    let mut said = Vec::new();
+    for client in clients {
+        let options = etcd_client::GetOptions::new().with_serializable();
+        let answer = client.get("w/0", Some(options)).await;
+        said.push(answer.err().map(|e| e.to_string()));
+    }
+    said
+}
+
+async fn clients(region: &Region, tenant: &str) -> Result<Vec<Client>> {
+    let mut clients = Vec::new();
+    for n in 0..3 {
+        clients.push(region.client_at(tenant, &[n]).await?);
+    }
+    Ok(clients)
+}
+
+/// Waits until every node refuses the tenant with `reason`; answers how long that took.
+async fn sealed(clients: &mut [Client], reason: &str, within: Duration) -> Result<Duration> {
+    let started = Instant::now();
+    loop {
+        let said = refusals(clients).await;
+        let sealed = |s: &Option<String>| {
+            let text = s.as_deref().unwrap_or_default();
+            text.contains("is sealed") && text.contains(reason)
+        };
+        if said.iter().all(sealed) {
+            return Ok(started.elapsed());
+        }
+        ensure!(started.elapsed() < within, "not sealed: {said:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+async fn resumed(clients: &mut [Client], within: Duration) -> Result<Duration> {
+    let started = Instant::now();
+    loop {
+        let said = refusals(clients).await;
+        if said.iter().all(Option::is_none) {
+            return Ok(started.elapsed());
+        }
+        ensure!(started.elapsed() < within, "not resumed: {said:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// The keys of a tenant, unwrapped as only the holder of the keyfile can, whatever its state.
+async fn keys_of(region: &Region, id: TenantId) -> Result<TenantKeys> {
+    let config = &region.nodes[0].config;
+    let bucket = config
+        .bucket
+        .open(config.region)
+        .map_err(anyhow::Error::msg)?;
+    let scratch = tempfile::tempdir()?;
+    let store = WrappedKeyStore::new(bucket, scratch.path());
+    let wrapped = store.fetch_all(id).await?;
+    let keyfile = Keyfile::new(scratch.path().join("keys.json"));
+    std::fs::copy(region.keyfile().path(), keyfile.path())?;
+    for wrapped in &wrapped {
+        if let KeyUri::Local(name) = &wrapped.key {
+            keyfile.set_state(name, KeyState::Enabled)?;
+        }
+    }
+    let mut providers = Providers::default();
+    providers.set_local(Arc::new(keyfile), 1000.0);
+    Ok(WrappedKey::unwrap(&wrapped, &providers).await?)
+}
+
+/// Every key that a tenant's data keys came to on its nodes: the data keys themselves, the key of
+/// each file and of each sealer, and the second part of each one's expanded schedule.
+async fn material(region: &Region, tenant: &Tenant) -> Result<Vec<[u8; 32]>> {
+    let id: TenantId = tenant.id.parse().map_err(anyhow::Error::msg)?;
+    let group = GroupId {
+        tenant: id,
+        incarnation: 1,
+    };
+    let keys = keys_of(region, id).await?;
+    let mut all: Vec<Arc<Secret>> = Vec::new();
+    for generation in keys.held() {
+        all.extend(keys.generation(generation));
+    }
+    for node in &region.nodes {
+        let replica = node.config.data_dir.join("tenants").join(group.to_string());
+        for file in files_below(&replica) {
+            let bytes = std::fs::read(&file).unwrap_or_default();
+            if bytes.len() >= 4096 && bytes.starts_with(b"HOLDFAST") {
+                let generation = u32::from_be_bytes(bytes[9..13].try_into()?);
+                if let Some(key) = keys.generation(generation) {
+                    all.push(Arc::new(key.derive(&bytes[13..45], b"holdfast/v1/file")));
+                }
+            }
+        }
+    }
+    let files = all.len();
+    ensure!(files > 3, "no encrypted file of the tenant was found");
+    let config = &region.nodes[0].config;
+    let bucket = config
+        .bucket
+        .open(config.region)
+        .map_err(anyhow::Error::msg)?;
+    let bootstrap = std::fs::read(region.bucket().join("bootstrap.json"))?;
+    let bootstrap = Bootstrap::decode(&bootstrap).map_err(anyhow::Error::msg)?;
+    let directory = keys_of(region, bootstrap.directory).await?;
+    let chain = Chain::new(bucket, directory.archive_key(), group);
+    for number in chain.numbers(0).await? {
+        for entry in chain.read(number).await?.entries {
+            let entry = decode_entry(&entry).context("an entry of the chain")?;
+            if let Payload::Sealed(sealed) = machine_entry(entry).payload {
+                let generation = kms::seal::generation_of(&sealed)?;
+                if let Some(key) = keys.generation(generation) {
+                    let salt = &sealed[5..21];
+                    all.push(Arc::new(key.derive(salt, b"holdfast/v1/seal/log-entry")));
+                }
+            }
+        }
+    }
+    ensure!(all.len() > files, "no sealed entry of the tenant was found");
+    let mut found: Vec<[u8; 32]> = Vec::new();
+    for key in all {
+        found.push(*key.expose());
+        found.push(memory::round_keys(key.expose()));
+    }
+    found.sort_unstable();
+    found.dedup();
+    Ok(found)
+}
+
+/// How often any of `needles` lies in each node's memory.
+fn in_memory(region: &Region, needles: &[[u8; 32]]) -> Result<Vec<usize>> {
+    let of = |node: &holdfast_tests::region::NodeProcess| {
+        let pid = node.pid().context("the node runs")?;
+        Ok(memory::count(pid, needles)?.into_iter().sum())
+    };
+    region.nodes.iter().map(of).collect()
+}
+
+/// Row 26, and the life of a sealed tenant: it is refused everywhere with the reason, its keys are
+/// gone from memory, its neighbour is not touched; what was acknowledged reaches the archive; nodes
+/// and region restart; and when the key is enabled it goes on by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_tenant_is_sealed_lives_on_and_resumes() -> Result<()> {
+    let mut region = Region::started().await?;
+    region
+        .create_tenant("acme", "enhanced", 1_000, 60_000)
+        .await?;
+    region
+        .create_tenant("globex", "enhanced", 1_000, 60_000)
+        .await?;
+    let acme = Writer::start(&region, "acme").await?;
+    let globex = Writer::start(&region, "globex").await?;
+    let mut at_nodes = clients(&region, "acme").await?;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    // A restart opens files, so that there are file keys in memory beside the sealer's.
+    let other = (region.leader("acme").await? + 1) % 3;
+    region.nodes[other].kill();
+    region.start(other)?;
+    region.serving().await?;
+    region.archived("acme").await?;
+    let shown = region.tenant(0, "acme").await?;
+    let needles = material(&region, &shown).await?;
+    let before = in_memory(&region, &needles)?;
+    ensure!(
+        before.iter().all(|n| *n > 0),
+        "not found before: {before:?}"
+    );
+
+    region.keyfile().set_state("acme", KeyState::Disabled)?;
+    let took = sealed(&mut at_nodes, "disabled", BOUND).await?;
+    println!(
+        "sealed on the last node {:.1} s after the key was disabled",
+        took.as_secs_f64()
+    );
+    // The files of the end have keys of their own.
+    let needles = material(&region, &shown).await?;
+    let after = in_memory(&region, &needles)?;
+    ensure!(
+        after.iter().all(|n| *n == 0),
+        "still in memory: {after:?} of {}",
+        needles.len()
+    );
+    println!(
+        "{} keys and schedules: in memory {before:?} times before, {after:?} after",
+        needles.len()
+    );
+    let acknowledged = acme.stop().await?;
+    let (ok, shown) = region.holdfast(&["tenant", "show", "acme"]).await?;
+    ensure!(ok && shown.contains("sealed on all nodes"), "{shown}");
+    let (ok, events) = region.holdfast(&["events", "--tenant", "acme"]).await?;
+    ensure!(ok && events.matches(" sealed ").count() >= 3, "{events}");
+    // Ciphertext still reaches the archive.
+    region.archived("acme").await?;
+
+    // The neighbour goes on, a node restarts, then all of them: sealed all the while.
+    region.nodes[0].kill();
+    region.start(0)?;
+    region.serving().await?;
+    ensure!(refusals(&mut at_nodes).await.iter().all(Option::is_some));
+    let others = globex.stop().await?;
+    check_all(&region, "globex", &others).await?;
+    region.kill_all();
+    region.start_all()?;
+    region.serving().await?;
+    check_all(&region, "globex", &others).await?;
+    sealed(&mut at_nodes, "disabled", BOUND).await?;
+
+    region.keyfile().set_state("acme", KeyState::Enabled)?;
+    let took = resumed(&mut at_nodes, BOUND).await?;
+    println!(
+        "resumed on the last node {:.1} s after the key was enabled",
+        took.as_secs_f64()
+    );
+    ensure!(acknowledged.len() > 50, "{}", acknowledged.len());
+    check_all(&region, "acme", &acknowledged).await?;
+    region.same_everywhere("acme").await?;
+    region
+        .client("acme")
+        .await?
+        .put("after", "it", None)
+        .await?;
+    Ok(())
+}
+
+/// A replica that is wiped while its tenant is sealed is filled from its peers without the key, and
+/// serves when the key is back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sealed_tenant_is_replicated_to_an_empty_node() -> Result<()> {
+    let mut region = Region::started().await?;
+    region
+        .create_tenant("acme", "enhanced", 1_000, 60_000)
+        .await?;
+    let mut client = region.client("acme").await?;
+    // More than a checkpoint's worth, so that the log is purged and files must be sent.
+    let value = vec![7u8; 1 << 20];
+    for n in 0..100 {
+        client.put(format!("w/{n}"), value.clone(), None).await?;
+    }
+    let mut at_nodes = clients(&region, "acme").await?;
+    region.archived("acme").await?;
+    // The log is purged once a second.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    region.keyfile().set_state("acme", KeyState::Disabled)?;
+    sealed(&mut at_nodes, "disabled", BOUND).await?;
+    let victim = (region.leader("acme").await? + 1) % 3;
+    region.nodes[victim].kill();
+    std::fs::remove_dir_all(&region.nodes[victim].config.data_dir)?;
+    region.start(victim)?;
+    region.serving().await?;
+    let id = region.tenant(victim, "acme").await?.id;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let data = region.nodes[victim].config.data_dir.join("tenants");
+        let held: u64 = files_below(&data)
+            .iter()
+            .filter(|f| f.to_string_lossy().contains(&id))
+            .filter_map(|f| std::fs::metadata(f).ok())
+            .map(|m| m.len())
+            .sum();
+        let shown = region.tenant(victim, "acme").await?;
+        if held > 1 << 20 && shown.voters.len() == 3 && shown.problem.contains("sealed") {
+            break;
+        }
+        ensure!(Instant::now() < deadline, "{held} bytes, {shown:?}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    region.keyfile().set_state("acme", KeyState::Enabled)?;
+    resumed(&mut at_nodes, BOUND).await?;
+    region.same_everywhere("acme").await?;
+    let mut client = region.client_at("acme", &[victim]).await?;
+    ensure!(client.get("w/99", None).await?.kvs()[0].value() == value);
+    Ok(())
+}
+
+/// Rows 25 to 27 with LocalStack: a key pending deletion, one that is denied, one that the KMS does
+/// not answer for; nobody else is sealed, and each resumes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kms_that_refuses_denies_or_is_silent() -> Result<()> {
+    let localstack = servers::localstack().await?;
+    let mut arns = Vec::new();
+    for _ in 0..3 {
+        arns.push(create_key(&localstack.endpoint).await?);
+    }
+    let proxy = Proxy::start(&localstack.endpoint).await?;
+    let mut region = Region::new()?;
+    region.configure(|_, config| {
+        config.kms.aws = Some(AwsKms {
+            cloud_region: CLOUD_REGION.into(),
+            endpoint: Some(proxy.endpoint.clone()),
+        });
+    })?;
+    region.environment = servers::credentials();
+    region.start_all()?;
+    region.serving().await?;
+    let names = ["deleted", "denied", "silent"];
+    let mut at = Vec::new();
+    for (name, arn) in names.iter().zip(&arns) {
+        region
+            .create_tenant_with(name, "enhanced", 1_000, 60_000, arn, "app")
+            .await?;
+        region.client(name).await?.put("w/0", "0", None).await?;
+        at.push(clients(&region, name).await?);
+    }
+    let (ok, shown) = region
+        .holdfast(&["tenant", "set", "silent", "--key-grace", "20s"])
+        .await?;
+    ensure!(ok && shown.contains("20.0 s"), "{shown}");
+
+    schedule_deletion(&localstack.endpoint, &arns[0]).await?;
+    proxy.set(Mode::Deny(arns[1].clone()));
+    let took = sealed(&mut at[0], "pending deletion", BOUND).await?;
+    println!("pending deletion: sealed after {:.1} s", took.as_secs_f64());
+    sealed(&mut at[1], "access denied", BOUND).await?;
+    ensure!(refusals(&mut at[2]).await.iter().all(Option::is_none));
+    with_key(&localstack.endpoint, "CancelKeyDeletion", &arns[0]).await?;
+    with_key(&localstack.endpoint, "EnableKey", &arns[0]).await?;
+    proxy.set(Mode::Pass);
+    let took = resumed(&mut at[0], BOUND).await?;
+    println!(
+        "deletion cancelled: resumed after {:.1} s",
+        took.as_secs_f64()
+    );
+    resumed(&mut at[1], BOUND).await?;
+
+    // No answer is no proof: the default grace is ten minutes, one tenant's is 20 s.
+    proxy.set(Mode::Silence);
+    sealed(&mut at[2], "could not be proven", Duration::from_secs(90)).await?;
+    for clients in &mut at[..2] {
+        let said = refusals(clients).await;
+        ensure!(said.iter().all(Option::is_none), "{said:?}");
+    }
+    let (ok, events) = region.holdfast(&["events"]).await?;
+    ensure!(ok && events.contains("key-unproven"), "{events}");
+    proxy.set(Mode::Pass);
+    resumed(&mut at[2], BOUND).await?;
+    // Throttling is no proof either.
+    proxy.set(Mode::Throttle);
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    for clients in &mut at[..2] {
+        ensure!(refusals(clients).await.iter().all(Option::is_none));
+    }
+    Ok(())
+}
+
+/// Row 29: old and new generations are read by everyone, after restarts and after a restore; a
+/// rotation, or a change of the KMS key, goes on wherever it was interrupted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rotation_or_change_goes_on_wherever_it_was_interrupted() -> Result<()> {
+    let mut region = Region::new()?;
+    region.keyfile().add("acme-2")?;
+    region.start_all()?;
+    region.serving().await?;
+    region
+        .create_tenant("acme", "enhanced", 200, 60_000)
+        .await?;
+    let mut acknowledged = Vec::new();
+    let mut write = async |region: &Region, n: u64| -> Result<()> {
+        let mut client = region.client("acme").await?;
+        client.put(format!("w/{n}"), n.to_string(), None).await?;
+        acknowledged.push(n);
+        Ok(())
+    };
+    write(&region, 0).await?;
+    let (ok, said) = region.holdfast(&["key", "rotate", "acme"]).await?;
+    ensure!(ok && said.contains("generation 2"), "{said}");
+    write(&region, 1).await?;
+    let (ok, said) = region
+        .holdfast(&["key", "change", "acme", "--key", "local:acme-2"])
+        .await?;
+    ensure!(ok && said.contains("generation 3"), "{said}");
+    region
+        .keyfile()
+        .set_state("acme", KeyState::PendingDeletion)?;
+    write(&region, 2).await?;
+
+    let moments = [
+        ("key-task-begun", "rotate"),
+        ("generation-stored", "rotate"),
+        ("generation-announced", "rotate"),
+        ("key-task-done", "rotate"),
+        ("generation-rewrapped", "change"),
+        ("generation-stored", "change"),
+        ("generation-announced", "change"),
+    ];
+    let mut generation = 3;
+    let mut under = 0;
+    for (n, (moment, task)) in moments.iter().enumerate() {
+        region.kill_all();
+        region.environment = vec![("HOLDFAST_TEST_KILL_AT".into(), (*moment).into())];
+        region.start_all()?;
+        region.serving().await?;
+        let key = format!("local:acme-{}", 3 + under);
+        let asked = match *task {
+            "rotate" => vec!["key", "rotate", "acme"],
+            _ => {
+                region.keyfile().add(&format!("acme-{}", 3 + under))?;
+                under += 1;
+                vec!["key", "change", "acme", "--key", &key]
+            }
+        };
+        region.leader("acme").await?;
+        // The leader dies at that moment, and so does who follows it.
+        let asking = region.holdfast(&asked);
+        let _ = tokio::time::timeout(Duration::from_secs(8), asking).await;
+        let mut died = 0;
+        for node in &mut region.nodes {
+            died += usize::from(node.ended().is_some());
+        }
+        ensure!(died > 0, "nobody was killed at {moment}");
+        region.kill_all();
+        region.environment.clear();
+        region.start_all()?;
+        region.serving().await?;
+        generation += 1;
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let shown = region.tenant(0, "acme").await?;
+            if shown.generation == generation && shown.key_task.is_empty() {
+                break;
+            }
+            ensure!(Instant::now() < deadline, "{task} at {moment}: {shown:?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        write(&region, 3 + n as u64).await?;
+        println!("{task} killed at {moment} ({died} nodes): done after the restart");
+    }
+    check_all(&region, "acme", &acknowledged).await?;
+    region.same_everywhere("acme").await?;
+    region.archived("acme").await?;
+    let (ok, table) = region.lose_and_restore().await?;
+    ensure!(ok, "{table}");
+    check_all(&region, "acme", &acknowledged).await
+}
+
+/// A copy of bucket and disks from before a key change does not open with the new KMS key, nor one
+/// from after it with the old.
+#[tokio::test(flavor = "multi_thread")]
+async fn copies_from_before_and_after_a_key_change_stay_apart() -> Result<()> {
+    let mut region = Region::new()?;
+    region.keyfile().add("acme-2")?;
+    region.start_all()?;
+    region.serving().await?;
+    region
+        .create_tenant("acme", "enhanced", 200, 60_000)
+        .await?;
+    region.client("acme").await?.put("w/0", "0", None).await?;
+    let id: TenantId = region
+        .tenant(0, "acme")
+        .await?
+        .id
+        .parse()
+        .map_err(anyhow::Error::msg)?;
+    let before = wrapped_keys(&region, id)?;
+    let (ok, said) = region
+        .holdfast(&["key", "change", "acme", "--key", "local:acme-2"])
+        .await?;
+    ensure!(ok, "{said}");
+    let after = wrapped_keys(&region, id)?;
+    ensure!(
+        before.len() == 4 && after.len() == 8,
+        "{} {}",
+        before.len(),
+        after.len()
+    );
+    // Whoever holds only one of the two keys: the other's material is gone.
+    for (copies, holds, opens) in [
+        (&before, "acme-2", false),
+        (&after, "acme", false),
+        (&before, "acme", true),
+        (&after, "acme-2", true),
+    ] {
+        let other = if holds == "acme" { "acme-2" } else { "acme" };
+        let scratch = tempfile::tempdir()?;
+        let own = scratch.path().join("keys.json");
+        std::fs::copy(region.keyfile().path(), &own)?;
+        let keyfile = Keyfile::new(&own);
+        keyfile.set_state(other, KeyState::PendingDeletion)?;
+        let mut providers = Providers::default();
+        providers.set_local(Arc::new(keyfile), 1000.0);
+        for copy in copies {
+            let mut copy = copy.clone();
+            let opened = WrappedKey::unwrap(std::slice::from_ref(&copy), &providers).await;
+            ensure!(
+                opened.is_ok() == opens,
+                "generation {} with {holds}",
+                copy.generation
+            );
+            if !opens {
+                // Nor if it is said to be under that key.
+                copy.key = KeyUri::Local(holds.into());
+                let opened = WrappedKey::unwrap(&[copy], &providers).await;
+                ensure!(opened.is_err());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Every copy of a tenant's wrapped keys, in the bucket and on disks.
+fn wrapped_keys(region: &Region, id: TenantId) -> Result<Vec<WrappedKey>> {
+    let mut found = Vec::new();
+    for file in files_below(region.dir.path()) {
+        let path = file.to_string_lossy();
+        if path.contains(&format!("{id}/keys/")) || path.contains(&format!("keys/{id}-")) {
+            found.push(serde_json::from_slice(&std::fs::read(&file)?)?);
+        }
+    }
+    Ok(found)
+}
