@@ -1,9 +1,9 @@
-# demo: the main job. test: everything. bench: beside etcd. check: style and licences.
+# demo: the main job. demo-keys: keys taken away and given back. test: everything. bench: beside etcd. check: style and licences.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/holdfast/target
 CARGO = cargo --locked
 
 # advisories: known vulnerabilities of the libraries.
-.PHONY: demo test bench check advisories build setup-build setup-test
+.PHONY: demo demo-keys test bench check advisories build setup-build setup-test
 
 setup-build:
 	@tools/setup build
@@ -13,6 +13,8 @@ build: setup-build
 	$(CARGO) build --release --workspace
 demo: build
 	$(CARGO_TARGET_DIR)/release/demo
+demo-keys: setup-test build
+	$(CARGO_TARGET_DIR)/release/demo_keys
 test: setup-test build
 	# One at a time: each starts a region of processes on a machine of two cores.
 	RUST_TEST_THREADS=1 $(CARGO) test --release --workspace --no-fail-fast

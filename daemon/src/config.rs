@@ -61,6 +61,8 @@ pub struct ClientTls {
 pub struct KmsConfig {
     pub local: Option<LocalKms>,
     pub aws: Option<AwsKms>,
+    /// Calls a second to one provider, at most.
+    pub calls_per_s: Option<f64>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -101,6 +103,13 @@ impl NodeConfig {
     /// Everything that is wrong, so that it can be put right at once.
     pub fn problems(&self) -> Vec<String> {
         let mut found = Vec::new();
+        if self
+            .kms
+            .calls_per_s
+            .is_some_and(|rate| !(1.0..=10_000.0).contains(&rate))
+        {
+            found.push("kms.calls_per_s: use 1 to 10000".into());
+        }
         for (what, name) in [("name", &self.name), ("zone", &self.zone)] {
             let plain = name
                 .chars()

@@ -84,6 +84,7 @@ pub fn lay_out(layout: &Layout) -> Result<Vec<PathBuf>, String> {
             max_log_bytes: None,
             scan_every_s: None,
             kms: KmsConfig {
+                calls_per_s: None,
                 local: Some(LocalKms {
                     keyfile: dir.join("keys.json"),
                 }),

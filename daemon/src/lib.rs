@@ -16,7 +16,9 @@ pub mod logging;
 pub mod node;
 pub mod pki;
 mod region;
+pub mod residency;
 pub mod server;
+pub mod signed;
 pub mod tenant;
 
 /// Services compiled from `proto/`.

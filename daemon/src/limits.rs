@@ -33,12 +33,16 @@ pub const SCAN_RATE: u64 = 32 << 20;
 pub const WRITE_BUFFERS: usize = 512 << 20;
 /// Block cache of one tenant.
 pub const BLOCK_CACHE: usize = 64 << 20;
-/// Calls to a KMS a second, of one node: three nodes with 1,000 tenants each stay below 100.
+/// Calls to a KMS a second, of one node, unless node.toml says otherwise: three nodes with 1,000 tenants each stay below 100.
 pub const KMS_RATE: f64 = 33.0;
 /// How long a tenant is served while its KMS does not answer, unless it says otherwise; and the
 /// longest that it may say.
 pub const DEFAULT_GRACE: Duration = Duration::from_secs(600);
 pub const MAX_GRACE: Duration = Duration::from_secs(24 * 3600);
+/// How often the store is asked where the bucket lies.
+pub const BUCKET_PLACE: Duration = Duration::from_secs(3600);
+/// How long a deleted tenant can be brought back, unless it is said otherwise.
+pub const DELETION_GRACE: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Events kept in the directory.
 pub const MAX_EVENTS: usize = 1000;
 /// Tenants restored at once: replay takes a core each.

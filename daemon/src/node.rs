@@ -10,7 +10,7 @@ use bytes::Bytes;
 use kms::aws::AwsKms;
 use kms::local::{Keyfile, write_private};
 use kms::secret::Secret;
-use kms::{KeyUri, Providers, TenantId, WrappedKey, WrappedKeyStore};
+use kms::{KeyUri, Probe, Providers, TenantId, WrappedKey, WrappedKeyStore};
 use parking_lot::RwLock;
 use replication::archive::archiver::Report;
 use replication::archive::chain::Tail;
@@ -30,9 +30,10 @@ use crate::directory::events::{self, Pending};
 use crate::directory::records::{LinkRecord, NodeRecord, TenantRecord};
 use crate::directory::{Directory, controller};
 use crate::limits;
+use crate::residency::BucketPlace;
 use crate::server;
 use crate::tenant::key::{KeyReport, KeyStanding};
-use crate::tenant::{Parts, Registry, rotation};
+use crate::tenant::{Parts, Registry, deletion, rotation};
 
 const PEER_CALL: Duration = Duration::from_secs(5);
 pub(crate) const LOOK: Duration = Duration::from_millis(100);
@@ -52,6 +53,10 @@ pub(crate) enum Question {
     ProveKey(TenantId),
     /// How a tenant's key stands there.
     Key(TenantId),
+    /// Whether that node can use a KMS key for a tenant.
+    TryKey(TenantId, KeyUri),
+    /// Destroy what that node holds of a tenant that is being destroyed.
+    Erase(TenantId),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +87,7 @@ pub struct Node {
     /// Links made since the directory was last told.
     links: RwLock<BTreeMap<TenantId, LinkRecord>>,
     pub(crate) events: Pending,
+    pub(crate) bucket_place: RwLock<BucketPlace>,
     /// One restore at a time.
     pub restoring: Mutex<()>,
     tasks: parking_lot::Mutex<JoinSet<()>>,
@@ -106,12 +112,13 @@ fn node_id(dir: &Path) -> Result<u64, String> {
 
 async fn providers(config: &NodeConfig) -> Providers {
     let mut providers = Providers::default();
+    let rate = config.kms.calls_per_s.unwrap_or(limits::KMS_RATE);
     if let Some(local) = &config.kms.local {
-        providers.set_local(Arc::new(Keyfile::new(&local.keyfile)), limits::KMS_RATE);
+        providers.set_local(Arc::new(Keyfile::new(&local.keyfile)), rate);
     }
     if let Some(aws) = &config.kms.aws {
         let kms = AwsKms::connect(&aws.cloud_region, aws.endpoint.as_deref()).await;
-        providers.set_aws(Arc::new(kms), limits::KMS_RATE);
+        providers.set_aws(Arc::new(kms), rate);
     }
     providers
 }
@@ -170,10 +177,12 @@ impl Node {
             archive_key: RwLock::new(None),
             links: RwLock::default(),
             events: Pending::default(),
+            bucket_place: RwLock::default(),
             restoring: Mutex::new(()),
             tasks: parking_lot::Mutex::new(JoinSet::new()),
             config,
         });
+        node.check_bucket().await?;
         groups.set_daemon(Arc::new(Calls(Arc::downgrade(&node))));
         let listener = bind(node.config.peer_address).await?;
         node.spawn(network::serve(listener, tls, hello, groups));
@@ -312,7 +321,27 @@ impl Node {
         self.spawn(async move { events::keep(own).await });
         let own = self.clone();
         self.spawn(async move { rotation::keep(own).await });
+        let own = self.clone();
+        self.spawn(async move { own.watch_bucket().await });
+        let own = self.clone();
+        self.spawn(async move { deletion::keep(own).await });
         Ok(())
+    }
+
+    /// Asks where the bucket lies until that is known, and again at intervals.
+    async fn watch_bucket(&self) {
+        loop {
+            let known = self.bucket_place.read().at_ms > 0;
+            tokio::time::sleep(if known {
+                limits::BUCKET_PLACE
+            } else {
+                PEER_CALL
+            })
+            .await;
+            if let Err(why) = self.check_bucket().await {
+                tracing::error!(%why, "ALARM: the bucket does not lie where it must");
+            }
+        }
     }
 
     /// Serves once this node's replica of the directory votes and is up to date: what it does not
@@ -413,6 +442,35 @@ impl Node {
         answered.into_iter().flatten().collect()
     }
 
+    /// Proves that this node can use a KMS key for a tenant.
+    pub async fn try_key(&self, tenant: TenantId, key: &KeyUri) -> Result<(), String> {
+        let (providers, region) = (&self.parts.providers, self.config.region);
+        let probe = Probe::make(providers, key, tenant, region).await;
+        let asked = probe.map_err(text)?.ask(providers).await;
+        asked.map(drop).map_err(text)
+    }
+
+    /// Proves that every node of a tenant's placement can use a KMS key.
+    pub async fn try_key_everywhere(
+        &self,
+        record: &TenantRecord,
+        key: &KeyUri,
+    ) -> Result<(), String> {
+        for node in self.placed(record) {
+            let tried = if node.id == self.id {
+                self.try_key(record.id, key).await
+            } else {
+                let question = Question::TryKey(record.id, key.clone());
+                match self.ask(&node.peer_address, &question).await {
+                    Some(answer) => serde_json::from_slice(&answer).map_err(text)?,
+                    None => Err("it does not answer".into()),
+                }
+            };
+            tried.map_err(|why| format!("node {} cannot use key {key}: {why}", node.name))?;
+        }
+        Ok(())
+    }
+
     fn key_report(&self, tenant: TenantId) -> KeyReport {
         let name = &self.config.name;
         let Some(tenant) = self.tenants.find(tenant) else {
@@ -473,6 +531,8 @@ impl DaemonCalls for Calls {
                 }
                 serde_json::to_vec(&())
             }
+            Question::TryKey(tenant, key) => serde_json::to_vec(&node.try_key(tenant, &key).await),
+            Question::Erase(tenant) => serde_json::to_vec(&node.erase(tenant).await?),
             Question::Key(tenant) => serde_json::to_vec(&node.key_report(tenant)),
             Question::Digests(group) => {
                 let group = node

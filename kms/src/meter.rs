@@ -1,8 +1,8 @@
 //! How fast one provider is asked: a rate that all tenants of the node share, and a back-off.
 //!
 //! Invariants. Calls are spread evenly, never more than the rate. A provider that does not answer
-//! is asked again after a pause that doubles up to five seconds; whoever comes within it is told why
-//! without a call. A refusal is an answer.
+//! is asked again after a pause that doubles up to five seconds; whoever comes within it waits for
+//! its end, so that each tenant gets an answer of its own. A refusal is an answer.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -21,9 +21,8 @@ pub struct Meter {
 
 struct State {
     next: Instant,
-    /// The pause after the next failure, and the end and cause of the present one.
+    /// The pause after the next failure.
     pause: Duration,
-    paused: Option<(Instant, String)>,
 }
 
 impl Meter {
@@ -34,42 +33,41 @@ impl Meter {
             state: Mutex::new(State {
                 next: Instant::now(),
                 pause: FIRST_PAUSE,
-                paused: None,
             }),
             calls: AtomicU64::new(0),
         }
     }
 
-    /// Waits for a turn. During a pause: why the provider is not asked.
-    pub async fn turn(&self) -> Result<(), String> {
+    /// Waits for a turn.
+    pub async fn turn(&self) {
         let at = {
             let mut state = self.state.lock();
-            let now = Instant::now();
-            if let Some((_, why)) = state.paused.as_ref().filter(|(until, _)| now < *until) {
-                return Err(format!("it did not answer a moment ago ({why})"));
-            }
-            let at = state.next.max(now);
+            let at = state.next.max(Instant::now());
             state.next = at + self.interval;
             at
         };
         tokio::time::sleep_until(at).await;
         self.calls.fetch_add(1, Ordering::Relaxed);
-        Ok(())
     }
 
-    /// Notes what came of a call: `Some` says why there was no answer.
-    pub fn answered(&self, failed: Option<&String>) {
+    /// How long a call would wait for its turn.
+    pub fn queue(&self) -> Duration {
+        let next = self.state.lock().next;
+        next.saturating_duration_since(Instant::now())
+    }
+
+    /// Notes whether a call was answered.
+    pub fn answered(&self, answered: bool) {
         let mut state = self.state.lock();
-        match failed {
-            Some(why) => {
-                let until = Instant::now() + state.pause;
-                state.paused = Some((until, why.clone()));
-                state.pause = (state.pause * 2).min(LONGEST_PAUSE);
-            }
-            None => {
-                state.paused = None;
-                state.pause = FIRST_PAUSE;
-            }
+        if answered {
+            state.pause = FIRST_PAUSE;
+            return;
+        }
+        let until = Instant::now() + state.pause;
+        // Calls that failed together are one failure.
+        if until > state.next {
+            state.next = until;
+            state.pause = (state.pause * 2).min(LONGEST_PAUSE);
         }
     }
 
@@ -87,19 +85,23 @@ mod tests {
         let meter = Meter::new(100.0);
         let start = Instant::now();
         for _ in 0..11 {
-            meter.turn().await.unwrap();
+            meter.turn().await;
         }
         assert!(start.elapsed() >= Duration::from_millis(100));
-        meter.answered(Some(&"timed out".to_string()));
-        assert!(meter.turn().await.unwrap_err().contains("timed out"));
-        tokio::time::sleep(FIRST_PAUSE + Duration::from_millis(20)).await;
-        meter.turn().await.unwrap();
-        // The second pause is longer; an answer ends it.
-        meter.answered(Some(&"timed out".to_string()));
-        tokio::time::sleep(FIRST_PAUSE + Duration::from_millis(20)).await;
-        assert!(meter.turn().await.is_err());
-        meter.answered(None);
-        meter.turn().await.unwrap();
-        assert_eq!(meter.calls(), 13);
+        meter.answered(false);
+        meter.answered(false);
+        assert!(meter.queue() <= FIRST_PAUSE);
+        let start = Instant::now();
+        meter.turn().await;
+        assert!(start.elapsed() >= FIRST_PAUSE - Duration::from_millis(20));
+        // The second pause is longer; an answer ends that.
+        meter.answered(false);
+        assert!(meter.queue() > FIRST_PAUSE);
+        meter.turn().await;
+        meter.answered(true);
+        meter.turn().await;
+        meter.answered(false);
+        assert!(meter.queue() <= FIRST_PAUSE);
+        assert_eq!(meter.calls(), 14);
     }
 }

@@ -17,6 +17,9 @@ use crate::lease::boottime;
 use crate::meter::Meter;
 use crate::{Region, TenantId};
 
+/// A queue for a provider beyond which sealed tenants do not try their keys.
+const BUSY: Duration = Duration::from_secs(1);
+
 /// Why a KMS refused: each is proof that the key is not to be used now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
@@ -53,6 +56,9 @@ pub enum KmsError {
     Unreachable { key: String, cause: String },
     #[error("key {key} does not open this ciphertext in this context: it was swapped or damaged")]
     WrongCiphertext { key: String },
+    /// It lies outside the jurisdiction.
+    #[error("{0}")]
+    Outside(String),
     #[error("{0}")]
     Invalid(String),
 }
@@ -97,7 +103,7 @@ impl KeyUri {
         };
         region
             .admits(&format!("KMS key {arn}"), cloud_region)
-            .map_err(KmsError::Invalid)?;
+            .map_err(KmsError::Outside)?;
         Ok(())
     }
 }
@@ -217,10 +223,8 @@ struct Metered {
 impl Metered {
     /// Tells the meter whether there was an answer.
     fn noted<T>(&self, answer: Result<T, KmsError>) -> Result<T, KmsError> {
-        self.meter.answered(match &answer {
-            Err(KmsError::Unreachable { cause, .. }) => Some(cause),
-            _ => None,
-        });
+        let silent = matches!(&answer, Err(KmsError::Unreachable { .. }));
+        self.meter.answered(!silent);
         answer
     }
 }
@@ -253,11 +257,7 @@ impl Providers {
     /// The provider of `key`, once it is this call's turn.
     async fn turn(&self, key: &KeyUri) -> Result<&Metered, KmsError> {
         let of = self.of(key)?;
-        let turn = of.meter.turn().await;
-        turn.map_err(|cause| KmsError::Unreachable {
-            key: key.to_string(),
-            cause,
-        })?;
+        of.meter.turn().await;
         Ok(of)
     }
 
@@ -303,9 +303,15 @@ impl Providers {
         for place in &found {
             region
                 .admits(&format!("a replica of multi-region KMS key {arn}"), place)
-                .map_err(KmsError::Invalid)?;
+                .map_err(KmsError::Outside)?;
         }
         Ok(found)
+    }
+
+    /// Whether calls about `key` wait so long for their turn that one which can wait had better not
+    /// be made.
+    pub fn is_busy(&self, key: &KeyUri) -> bool {
+        self.of(key).is_ok_and(|of| of.meter.queue() > BUSY)
     }
 
     /// Calls made so far, of both kinds of keys.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use futures::TryStreamExt;
 use object_store::path::Path as ObjectPath;
-use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload};
+use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, UpdateVersion};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use zeroize::Zeroizing;
@@ -92,10 +92,24 @@ impl WrappedKey {
         Self::wrap(providers, key, keys.tenant(), region, &own).await
     }
 
-    /// The same generation under another KMS key.
-    pub async fn rewrap(&self, providers: &Providers, key: &KeyUri) -> Result<Self, KmsError> {
-        let own = self.open(providers).await?;
-        Self::wrap(providers, key, self.tenant, self.region, &own).await
+    /// Wraps a generation that `keys` holds under `key`, be it what it was wrapped under or another.
+    pub async fn again(
+        providers: &Providers,
+        key: &KeyUri,
+        keys: &TenantKeys,
+        region: Region,
+        generation: u32,
+    ) -> Result<Self, KmsError> {
+        let held = keys.generation(generation);
+        let held = held.ok_or_else(|| {
+            KmsError::Invalid(format!("generation {generation} is not held here"))
+        })?;
+        let own = Unwrapped {
+            generation,
+            data_key: (*held).clone(),
+            secret: keys.secret().clone(),
+        };
+        Self::wrap(providers, key, keys.tenant(), region, &own).await
     }
 
     async fn wrap(
@@ -162,6 +176,14 @@ impl WrappedKey {
     ) -> Result<(), KmsError> {
         let own = self.open(providers).await?;
         if own.secret.expose() != keys.secret().expose() {
+            return Err(KmsError::WrongCiphertext {
+                key: self.key.to_string(),
+            });
+        }
+        // Two keys of one generation would be the end of what is sealed under either.
+        if let Some(held) = keys.generation(own.generation)
+            && held.expose() != own.data_key.expose()
+        {
             return Err(KmsError::WrongCiphertext {
                 key: self.key.to_string(),
             });
@@ -244,41 +266,65 @@ impl WrappedKeyStore {
 
     /// Stores a new generation in the bucket, exclusively, then on this node.
     pub async fn create(&self, key: &WrappedKey) -> Result<(), WrappedKeyError> {
-        self.put(key, PutMode::Create).await
+        self.put(key, PutMode::Create).await?;
+        self.keep(key)
     }
 
-    /// Stores a generation that was wrapped anew in the place of the one before.
+    /// Stores a generation that was wrapped anew in the place of what the bucket has. Where the store
+    /// can tell, it is refused if another writer came between.
     pub async fn replace(&self, key: &WrappedKey) -> Result<(), WrappedKeyError> {
-        self.put(key, PutMode::Overwrite).await
+        let object = Self::object(key.tenant, key.generation);
+        let mode = match self.bucket.head(&object).await {
+            Ok(found) => PutMode::Update(UpdateVersion {
+                e_tag: found.e_tag,
+                version: found.version,
+            }),
+            Err(object_store::Error::NotFound { .. }) => PutMode::Create,
+            Err(e) => return Err(store_error(&object, &e)),
+        };
+        match self.bucket_put(key, mode).await {
+            // A directory cannot tell.
+            Err(object_store::Error::NotImplemented { .. }) => {
+                self.put(key, PutMode::Overwrite).await
+            }
+            done => done.map_err(|e| store_error(&object, &e)),
+        }
     }
 
     async fn put(&self, key: &WrappedKey, mode: PutMode) -> Result<(), WrappedKeyError> {
         let object = Self::object(key.tenant, key.generation);
-        let bytes = to_json(key);
-        self.bucket
-            .put_opts(&object, PutPayload::from(bytes.clone()), mode.into())
-            .await
-            .map_err(|e| store_error(&object, &e))?;
-        self.remember(key.tenant, key.generation, &bytes)
+        let put = self.bucket_put(key, mode).await;
+        put.map_err(|e| store_error(&object, &e))
     }
 
-    /// Reads a generation: this node's copy, else the bucket's, which is then kept. A copy under
-    /// another KMS key than `under` is stale, and serves only while the bucket is away.
+    async fn bucket_put(&self, key: &WrappedKey, mode: PutMode) -> object_store::Result<()> {
+        let object = Self::object(key.tenant, key.generation);
+        let bytes = PutPayload::from(to_json(key));
+        self.bucket
+            .put_opts(&object, bytes, mode.into())
+            .await
+            .map(drop)
+    }
+
+    /// Reads a generation: this node's copy, else the bucket's. A copy under another KMS key than
+    /// `under` is stale, and serves only if the bucket has no good one. What was read is kept by
+    /// `keep`, once it was opened.
     pub async fn load(
         &self,
         tenant: TenantId,
         generation: u32,
         under: &KeyUri,
     ) -> Result<WrappedKey, WrappedKeyError> {
-        let Some(copy) = self.copy(tenant, generation)? else {
-            return self.fetch(tenant, generation).await;
+        let copy = match self.copy(tenant, generation) {
+            Ok(Some(copy)) if copy.key == *under => return Ok(copy),
+            copy => copy.ok().flatten(),
         };
-        if copy.key == *under {
-            return Ok(copy);
-        }
-        match self.fetch(tenant, generation).await {
-            Err(WrappedKeyError::Store { .. }) => Ok(copy),
-            found => found,
+        match (self.fetch(tenant, generation).await, copy) {
+            (Err(e), Some(copy)) => {
+                tracing::warn!(%tenant, generation, error = %e, "the bucket's wrapped key cannot be read; this node's older copy is used");
+                Ok(copy)
+            }
+            (found, _) => found,
         }
     }
 
@@ -296,7 +342,7 @@ impl WrappedKeyStore {
         }
     }
 
-    /// Reads a generation from the bucket and keeps it on this node.
+    /// Reads a generation from the bucket.
     pub async fn fetch(
         &self,
         tenant: TenantId,
@@ -309,12 +355,10 @@ impl WrappedKeyStore {
         };
         let got = self.bucket.get(&object).await.map_err(store)?;
         let bytes = got.bytes().await.map_err(store)?;
-        let key = WrappedKey::parse(&bytes, object.as_ref(), tenant, generation)?;
-        self.remember(tenant, generation, &bytes)?;
-        Ok(key)
+        WrappedKey::parse(&bytes, object.as_ref(), tenant, generation)
     }
 
-    /// Reads every generation that the bucket has, oldest first, and keeps them on this node.
+    /// Reads every generation that the bucket has, oldest first.
     pub async fn fetch_all(&self, tenant: TenantId) -> Result<Vec<WrappedKey>, WrappedKeyError> {
         let dir = ObjectPath::from(format!("tenants/{tenant}/keys"));
         let listed: Result<Vec<_>, _> = self.bucket.list(Some(&dir)).try_collect().await;
@@ -332,15 +376,36 @@ impl WrappedKeyStore {
         }
     }
 
-    fn remember(
-        &self,
-        tenant: TenantId,
-        generation: u32,
-        bytes: &[u8],
-    ) -> Result<(), WrappedKeyError> {
-        let file = self.file(tenant, generation);
+    /// Destroys this node's copies of a tenant's wrapped keys; answers their names.
+    pub fn shred(&self, tenant: TenantId) -> std::io::Result<Vec<String>> {
+        let mut gone = Vec::new();
+        let listed = match std::fs::read_dir(&self.dir) {
+            Ok(listed) => listed,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(gone),
+            Err(e) => return Err(e),
+        };
+        for entry in listed {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            // A write that was cut short left a temporary file beside it.
+            if name.starts_with(&format!("{tenant}-")) {
+                let file = std::fs::OpenOptions::new().write(true).open(entry.path())?;
+                let zeros = vec![0u8; file.metadata()?.len() as usize];
+                std::os::unix::fs::FileExt::write_all_at(&file, &zeros, 0)?;
+                file.sync_all()?;
+                std::fs::remove_file(entry.path())?;
+                gone.push(name);
+            }
+        }
+        std::fs::File::open(&self.dir)?.sync_all()?;
+        Ok(gone)
+    }
+
+    /// Keeps a generation on this node, which is known to open, in the place of an older copy.
+    pub fn keep(&self, key: &WrappedKey) -> Result<(), WrappedKeyError> {
+        let file = self.file(key.tenant, key.generation);
         std::fs::create_dir_all(&self.dir)
-            .and_then(|()| write_private(&file, bytes))
+            .and_then(|()| write_private(&file, &to_json(key)))
             .map_err(|e| file_error(&file, &e))
     }
 }

@@ -40,6 +40,18 @@ pub enum Command {
         #[arg(long)]
         tenant: Option<String>,
     },
+    /// Where everything of a tenant lies, and who says so.
+    Residency {
+        tenant: String,
+        /// The signed report; `certificate verify` checks it.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Signed statements of the region.
+    Certificate {
+        #[command(subcommand)]
+        command: CertificateCommand,
+    },
     /// How each node stands.
     Node,
     /// Restores from the bucket.
@@ -103,6 +115,17 @@ pub enum TenantCommand {
     },
     /// Changes what a tenant's record says.
     Set(Set),
+    /// Deletes a tenant: it is served no more, and destroyed once the grace has passed.
+    Delete {
+        name: String,
+        /// How long it can be brought back, such as 30d; 0s destroys it now.
+        #[arg(long, default_value = "30d")]
+        grace: String,
+    },
+    /// Brings a deleted tenant back within its grace.
+    Undelete {
+        name: String,
+    },
 }
 
 #[derive(Args)]
@@ -114,6 +137,19 @@ pub struct Set {
     /// Days between scheduled rotations of the data key; 0 for none.
     #[arg(long)]
     pub rotate_days: Option<u32>,
+}
+
+#[derive(Subcommand)]
+pub enum CertificateCommand {
+    /// Prints the certificate of a tenant's destruction.
+    Show { tenant: String },
+    /// Checks a signed statement offline and prints what it says.
+    Verify {
+        file: PathBuf,
+        /// The region's certificate authority.
+        #[arg(long, default_value = "ca.pem")]
+        ca: PathBuf,
+    },
 }
 
 #[derive(Subcommand)]

@@ -4,6 +4,7 @@ mod args;
 mod init;
 mod key;
 mod keyfile;
+mod residency;
 mod restore;
 mod table;
 mod tenant;
@@ -23,6 +24,12 @@ async fn main() -> ExitCode {
         Command::Tenant { command } => tenant::run(&arguments.config, command).await,
         Command::Key { command } => key::run(&arguments.config, command).await,
         Command::Events { tenant } => key::events(&arguments.config, tenant).await,
+        Command::Residency { tenant, json } => {
+            residency::run(&arguments.config, tenant, json).await
+        }
+        Command::Certificate { command } => {
+            residency::certificate(&arguments.config, command).await
+        }
         Command::Node => tenant::node(&arguments.config).await,
         Command::Restore { command } => restore::run(&arguments.config, command).await,
     };

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use daemon::admin_client::OperatorConfig;
 use daemon::proto::admin::{
-    CreateTenantRequest, KeyReport, ListTenantsRequest, NodeStatusRequest, SetTenantRequest,
-    ShowTenantRequest, Tenant,
+    CreateTenantRequest, DeleteTenantRequest, KeyReport, ListTenantsRequest, NodeStatusRequest,
+    SetTenantRequest, ShowTenantRequest, Tenant, UndeleteTenantRequest,
 };
 
 use crate::args::{Create, TenantCommand, milliseconds};
@@ -64,6 +64,26 @@ pub async fn run(config: &Path, command: TenantCommand) -> Result<ExitCode, Stri
                 .map_err(said)?
                 .into_inner();
             show(&tenant);
+        }
+        TenantCommand::Delete { name, grace } => {
+            let request = DeleteTenantRequest {
+                name: name.clone(),
+                grace_s: Some(seconds(&grace)?),
+            };
+            let answer = client.delete_tenant(request).await.map_err(said)?;
+            let answer = answer.into_inner();
+            match answer.certificate.is_empty() {
+                true => println!(
+                    "Tenant {name} is deleted. It is destroyed at {}; until then 'holdfast tenant undelete {name}' brings it back.",
+                    table::time(answer.due_ms)
+                ),
+                false => println!("{}", answer.certificate),
+            }
+        }
+        TenantCommand::Undelete { name } => {
+            let request = UndeleteTenantRequest { name };
+            let tenant = client.undelete_tenant(request).await.map_err(said)?;
+            show(&tenant.into_inner());
         }
         TenantCommand::Set(set) => {
             let request = SetTenantRequest {

@@ -2,17 +2,19 @@
 
 use std::time::Duration;
 
-use kms::{KeyUri, KmsError, Probe};
+use kms::{KeyUri, KmsError};
 use tokio::time::Instant;
 use tonic::Status;
 
 use super::AdminService;
 use crate::directory::Found;
-use crate::directory::records::{KeyTask, TenantRecord};
+use crate::directory::records::{EventKind, KeyTask, TenantRecord};
 use crate::limits;
 use crate::proto::admin::{
-    Event, EventList, KeyReport as KeyReportMessage, SetTenantRequest, Tenant as TenantMessage,
+    Event, EventList, KeyReport as KeyReportMessage, SetTenantRequest, Statement,
+    Tenant as TenantMessage,
 };
+use crate::signed;
 use crate::tenant::key::KeyReport;
 
 /// A task whose end is not seen within this goes on in the background.
@@ -45,7 +47,7 @@ pub fn checked_grace(asked: Option<u64>) -> Result<u64, Status> {
 
 impl AdminService {
     /// The record of a tenant as the region has it now.
-    async fn record(&self, name: &str) -> Result<Found<TenantRecord>, Status> {
+    pub(super) async fn record(&self, name: &str) -> Result<Found<TenantRecord>, Status> {
         let directory = self.directory()?;
         let unavailable = |e: &dyn std::fmt::Display| Status::unavailable(e.to_string());
         let barrier = directory.group().read_barrier().await;
@@ -55,7 +57,7 @@ impl AdminService {
         found.ok_or_else(|| Status::not_found(format!("there is no tenant {name} in this region")))
     }
 
-    async fn put(&self, found: &Found<TenantRecord>) -> Result<(), Status> {
+    pub(super) async fn put(&self, found: &Found<TenantRecord>) -> Result<(), Status> {
         let directory = self.directory()?;
         let put = directory.put_tenant(&found.record, found.modified).await;
         put.map_err(|e| Status::aborted(e.to_string()))
@@ -73,7 +75,20 @@ impl AdminService {
         self.shown(&request.name)
     }
 
-    fn shown(&self, name: &str) -> Result<TenantMessage, Status> {
+    /// Refuses a key outside the jurisdiction, and says so where it can be looked up.
+    pub(super) async fn check_residency(&self, tenant: &str, key: &KeyUri) -> Result<(), Status> {
+        let region = self.0.config.region;
+        let checked = self.0.parts.providers.check_jurisdiction(key, region).await;
+        checked.map(drop).map_err(|e| {
+            if matches!(e, KmsError::Outside(_)) {
+                let kind = EventKind::ResidencyRefused;
+                self.0.event_of(tenant, kind, e.to_string());
+            }
+            Status::failed_precondition(e.to_string())
+        })
+    }
+
+    pub(super) fn shown(&self, name: &str) -> Result<TenantMessage, Status> {
         let tenant = self.0.tenants.get(name);
         let tenant =
             tenant.ok_or_else(|| Status::not_found(format!("there is no tenant {name}")))?;
@@ -108,27 +123,23 @@ impl AdminService {
         name: &str,
         key: &str,
     ) -> Result<TenantMessage, Status> {
-        let refuse = |e: KmsError| Status::failed_precondition(e.to_string());
         let key: KeyUri = key
             .parse()
             .map_err(|e: KmsError| Status::invalid_argument(e.to_string()))?;
         let mut found = self.record(name).await?;
-        Self::idle(&found.record)?;
-        if found.record.key == key {
+        // A change that cannot be finished, because its key is gone, gives way to another.
+        if !matches!(found.record.key_task, Some(KeyTask::Change { .. })) {
+            Self::idle(&found.record)?;
+        }
+        if found.record.key == key && found.record.key_task.is_none() {
             return Err(Status::failed_precondition(format!(
                 "tenant {name} is under key {key} already; use 'holdfast key rotate' for a new data key"
             )));
         }
-        // Found out before anything is changed: the key can be used, from here and by its policy.
-        let (providers, region) = (&self.0.parts.providers, self.0.config.region);
-        let outside = providers.check_jurisdiction(&key, region).await;
-        outside.map_err(refuse)?;
-        let probe = Probe::make(providers, &key, found.record.id, region).await;
-        probe
-            .map_err(refuse)?
-            .ask(providers)
-            .await
-            .map_err(refuse)?;
+        self.check_residency(name, &key).await?;
+        // Found out before anything is changed: every node can use the key, and its policy lets it.
+        let tried = self.0.try_key_everywhere(&found.record, &key).await;
+        tried.map_err(Status::failed_precondition)?;
         let task = KeyTask::Change {
             generation: found.record.next_generation(),
             key,
@@ -156,6 +167,15 @@ impl AdminService {
             }
             tokio::time::sleep(LOOK).await;
         }
+    }
+
+    pub(super) async fn residency_of(&self, name: &str) -> Result<Statement, Status> {
+        let found = self.record(name).await?;
+        let report = self.0.residency(&found.record).await;
+        let signed = signed::sign(&self.0.config.tls, &report).map_err(Status::internal)?;
+        let json = serde_json::to_string_pretty(&signed);
+        let json = json.map_err(|e| Status::internal(e.to_string()))?;
+        Ok(Statement { json })
     }
 
     pub(super) fn events(&self, tenant: &str) -> Result<EventList, Status> {

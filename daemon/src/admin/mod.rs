@@ -1,5 +1,6 @@
 //! The operators' API: gRPC over mutual TLS, for operator certificates only.
 
+mod deletion;
 mod keys;
 mod restore;
 
@@ -21,9 +22,10 @@ use crate::limits;
 use crate::node::Node;
 use crate::proto::admin::admin_server::{Admin, AdminServer};
 use crate::proto::admin::{
-    ChangeKeyRequest, CreateTenantRequest, EventList, ListEventsRequest, ListTenantsRequest,
-    NodeStatusRequest, NodeStatusResponse, RestoreEvent, RestoreRegionRequest, RotateKeyRequest,
-    SetTenantRequest, ShowTenantRequest, Tenant as TenantMessage, TenantList,
+    ChangeKeyRequest, CreateTenantRequest, DeleteTenantRequest, DeleteTenantResponse, EventList,
+    ListEventsRequest, ListTenantsRequest, NodeStatusRequest, NodeStatusResponse, ResidencyRequest,
+    RestoreEvent, RestoreRegionRequest, RotateKeyRequest, SetTenantRequest, ShowCertificateRequest,
+    ShowTenantRequest, Statement, Tenant as TenantMessage, TenantList, UndeleteTenantRequest,
 };
 use crate::tenant::Tenant;
 use crate::tenant::key::now_ms;
@@ -160,10 +162,7 @@ impl AdminService {
         let region = self.0.config.region;
         let grace = keys::checked_grace(request.key_grace_s)?;
         let providers = &self.0.parts.providers;
-        providers
-            .check_jurisdiction(&key, region)
-            .await
-            .map_err(|e| Status::failed_precondition(e.to_string()))?;
+        self.check_residency(&request.name, &key).await?;
         let directory = self.directory()?;
         let known = directory
             .tenants()
@@ -216,6 +215,7 @@ impl AdminService {
             key_task: None,
             rotated_ms: now_ms(),
             rotate_days: 0,
+            deletion: None,
         };
         directory
             .put_tenant(&record, 0)
@@ -240,7 +240,7 @@ impl AdminService {
             .propose(vec![command])
             .await
             .map_err(|e| Status::unavailable(format!("the first user: {e}")))?;
-        self.formed(&directory, record).await?;
+        self.formed(&directory, record.id).await?;
         Ok(self.message(&tenant))
     }
 
@@ -248,9 +248,8 @@ impl AdminService {
     async fn formed(
         &self,
         directory: &crate::directory::Directory,
-        mut record: TenantRecord,
+        id: TenantId,
     ) -> Result<(), Status> {
-        record.formed = true;
         // This node's replica of the directory may be a moment behind the leader's.
         directory
             .group()
@@ -260,12 +259,11 @@ impl AdminService {
         let known = directory
             .tenants()
             .map_err(|e| Status::unavailable(e.to_string()))?;
-        let modified = known
-            .iter()
-            .find(|t| t.record.id == record.id)
-            .map_or(0, |t| t.modified);
+        let found = known.into_iter().find(|t| t.record.id == id);
+        let mut found = found.ok_or_else(|| Status::aborted("the tenant's record is gone"))?;
+        found.record.formed = true;
         directory
-            .put_tenant(&record, modified)
+            .put_tenant(&found.record, found.modified)
             .await
             .map_err(|e| Status::aborted(e.to_string()))
     }
@@ -373,6 +371,41 @@ impl Admin for AdminService {
         self.change_key_to(&request.name, &request.key)
             .await
             .map(Response::new)
+    }
+
+    async fn delete_tenant(
+        &self,
+        request: Request<DeleteTenantRequest>,
+    ) -> Result<Response<DeleteTenantResponse>, Status> {
+        self.operator(&request)?;
+        self.delete(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn undelete_tenant(
+        &self,
+        request: Request<UndeleteTenantRequest>,
+    ) -> Result<Response<TenantMessage>, Status> {
+        self.operator(&request)?;
+        let name = request.into_inner().name;
+        self.undelete(&name).await.map(Response::new)
+    }
+
+    async fn show_certificate(
+        &self,
+        request: Request<ShowCertificateRequest>,
+    ) -> Result<Response<Statement>, Status> {
+        self.operator(&request)?;
+        let name = request.into_inner().name;
+        self.certificate(&name).await.map(Response::new)
+    }
+
+    async fn residency(
+        &self,
+        request: Request<ResidencyRequest>,
+    ) -> Result<Response<Statement>, Status> {
+        self.operator(&request)?;
+        let name = request.into_inner().name;
+        self.residency_of(&name).await.map(Response::new)
     }
 
     async fn list_events(

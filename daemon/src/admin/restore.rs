@@ -30,6 +30,7 @@ use crate::directory::{Directory, DirectoryError, Found};
 use crate::limits;
 use crate::node::{Node, NodeState};
 use crate::proto::admin::{Outcome, RestoreEvent};
+use crate::tenant;
 
 /// How long a node may take to say whether it holds anything of a tenant.
 const SAY_WITHIN: Duration = Duration::from_secs(10);
@@ -142,7 +143,10 @@ impl Run {
             tenant: bootstrap.directory,
             incarnation: 1,
         };
-        let keys = self.keys(first).await?;
+        let wrapped = node.parts.keys.fetch_all(first.tenant).await;
+        let wrapped = wrapped.map_err(|e| e.to_string())?;
+        let keys = WrappedKey::unwrap(&wrapped, &node.parts.providers).await;
+        let keys = Arc::new(keys.map_err(|e| e.to_string())?);
         let archive_key = keys.archive_key();
         let (group, _, _) = self
             .restore_group("directory", first, keys, &archive_key, 0, 1)
@@ -161,6 +165,8 @@ impl Run {
         archive_key: Secret,
         mut tenants: Vec<Found<TenantRecord>>,
     ) -> Result<(), String> {
+        // Nothing is left of one that is being destroyed, nor should it be brought back.
+        tenants.retain(|t| !t.record.is_destroying());
         tenants.sort_by_key(|t| (t.record.tier, t.record.rto_ms));
         let links = directory.links().map_err(|e| e.to_string())?;
         let links: Vec<LinkRecord> = links.into_iter().map(|found| found.record).collect();
@@ -189,8 +195,9 @@ impl Run {
         record: &TenantRecord,
         mut modified: i64,
     ) -> Result<(), String> {
+        let mut newest = record.clone();
         loop {
-            match directory.put_tenant(record, modified).await {
+            match directory.put_tenant(&newest, modified).await {
                 Err(DirectoryError::Conflict(_)) => {}
                 done => return done.map_err(|e| e.to_string()),
             }
@@ -206,6 +213,12 @@ impl Run {
                 ));
             }
             modified = known.modified;
+            // Whatever else was changed meanwhile stays.
+            newest = TenantRecord {
+                incarnation: record.incarnation,
+                formed: record.formed,
+                ..known.record
+            };
         }
     }
 
@@ -253,13 +266,21 @@ impl Run {
         let majority = record.placement.len() / 2 + 1;
         tracing::info!(tenant = %record.id, "restoring");
         let restored = async {
-            let keys = self.keys(record.group()).await?;
+            // Those that the record names: a node that joins holds no others.
+            let keys = tenant::wrapped(&self.node.parts, &record).await;
+            let keys = Arc::new(keys.map_err(|e| e.to_string())?);
             let (group, restored, plan) = self
                 .restore_group(&name, record.group(), keys, archive_key, known, majority)
                 .await?;
             record.incarnation = group.id().incarnation;
             record.formed = true;
-            self.record(directory, &record, found.modified).await?;
+            if let Err(why) = self.record(directory, &record, found.modified).await {
+                // Nobody would look after its keys.
+                group.seal("it was not restored here").await;
+                self.node.parts.groups.remove(group.id());
+                group.shutdown().await;
+                return Err(why);
+            }
             Ok::<_, String>((restored, plan))
         };
         match restored.await {
@@ -287,14 +308,6 @@ impl Run {
                 self.event(&name, "refused", why).await;
             }
         }
-    }
-
-    async fn keys(&self, group: GroupId) -> Result<Arc<TenantKeys>, String> {
-        let parts = &self.node.parts;
-        let wrapped = parts.keys.fetch_all(group.tenant).await;
-        let wrapped = wrapped.map_err(|e| e.to_string())?;
-        let keys = WrappedKey::unwrap(&wrapped, &parts.providers).await;
-        Ok(Arc::new(keys.map_err(|e| e.to_string())?))
     }
 
     /// The chain that a group's newest state is on: past every closed one whose successor began.

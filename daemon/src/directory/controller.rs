@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kms::lease::boottime;
-use kms::{KmsError, TenantId, WrappedKeyError};
+use kms::{KmsError, TenantId, TenantKeys, WrappedKeyError};
 use replication::engine::EngineError;
 use replication::group::{Group, ScanError};
 
@@ -13,7 +13,7 @@ use super::Directory;
 use super::records::{NodeRecord, TenantRecord};
 use crate::limits;
 use crate::node::Node;
-use crate::tenant::{Tenant, keeper, wrapped};
+use crate::tenant::{Parts, Tenant, keeper, reason, wrapped};
 
 const RETRY: Duration = Duration::from_millis(500);
 const RECORDS: Duration = Duration::from_secs(2);
@@ -29,14 +29,17 @@ pub async fn open_tenants(node: Arc<Node>) {
     loop {
         match directory.tenants() {
             Ok(found) => {
+                let ids: Vec<TenantId> = found.iter().map(|f| f.record.id).collect();
+                node.tenants.retain(&ids);
                 for found in found {
                     // A restore opens what it has restored; nothing else is there yet.
                     let restoring = node.restoring.try_lock().is_err();
                     if restoring && node.parts.groups.get(found.record.group()).is_none() {
                         continue;
                     }
+                    let destroying = found.record.is_destroying();
                     let (tenant, fresh) = node.tenants.note(found.record);
-                    if fresh {
+                    if fresh && !destroying {
                         let own = node.clone();
                         node.spawn(async move { open_tenant(own, tenant).await });
                     }
@@ -98,6 +101,29 @@ async fn drop_older(node: &Node, id: replication::GroupId) {
     }
 }
 
+/// The keys of a tenant that is opened, or why it is opened sealed.
+async fn keys(
+    parts: &Parts,
+    tenant: &Tenant,
+    record: &TenantRecord,
+) -> Result<Arc<TenantKeys>, String> {
+    let sent = boottime();
+    match wrapped(parts, record).await {
+        Ok(keys) => {
+            tenant.key.proven(sent);
+            Ok(Arc::new(keys))
+        }
+        Err(e) => {
+            if matches!(e, WrappedKeyError::Kms(KmsError::Refused { .. })) {
+                tenant.key.refused();
+            }
+            tenant.key.sealed();
+            tracing::error!(tenant = %record.id, error = %e, "ALARM: the tenant is opened sealed");
+            Err(reason(&e))
+        }
+    }
+}
+
 async fn open_group(node: &Arc<Node>, tenant: &Tenant) -> Result<Arc<Group>, String> {
     let record = &tenant.record();
     let id = record.group();
@@ -112,20 +138,10 @@ async fn open_group(node: &Arc<Node>, tenant: &Tenant) -> Result<Arc<Group>, Str
         None => {
             let report = node.report();
             let parts = &node.parts;
-            let sent = boottime();
             // Whatever keeps the key away: the group goes on without it.
-            let keys = match wrapped(parts, record).await {
-                Ok(keys) => {
-                    tenant.key.proven(sent);
-                    Ok(Arc::new(keys))
-                }
-                Err(e) => {
-                    if matches!(e, WrappedKeyError::Kms(KmsError::Refused { .. })) {
-                        tenant.key.refused();
-                    }
-                    tenant.key.sealed();
-                    Err(e.to_string())
-                }
+            let keys = match record.deleted() {
+                Some(why) => Err(why),
+                None => keys(parts, tenant, record).await,
             };
             parts.open(id, keys, rpo, key, report, majority).await?
         }

@@ -25,10 +25,15 @@ pub struct Pending {
 impl Node {
     /// Records an event of a tenant, as soon as the directory takes it.
     pub fn event(&self, tenant: &TenantRecord, kind: EventKind, detail: String) {
+        self.event_of(&tenant.name, kind, detail);
+    }
+
+    /// As `event`, of a tenant that there may be no record of.
+    pub fn event_of(&self, tenant: &str, kind: EventKind, detail: String) {
         let event = EventRecord {
             at_ms: now_ms(),
             node: self.config.name.clone(),
-            tenant: tenant.name.clone(),
+            tenant: tenant.to_string(),
             kind,
             detail,
         };

@@ -25,7 +25,7 @@ use serde::de::DeserializeOwned;
 use thiserror::Error;
 
 use crate::limits;
-use records::{EventRecord, LinkRecord, NodeRecord, TenantRecord};
+use records::{DeletedRecord, EventRecord, LinkRecord, NodeRecord, TenantRecord};
 
 #[derive(Debug, Error)]
 pub enum DirectoryError {
@@ -130,6 +130,44 @@ impl Directory {
 
     pub fn links(&self) -> Result<Vec<Found<LinkRecord>>, DirectoryError> {
         self.list("/links/")
+    }
+
+    /// Takes a destroyed tenant's records away and notes where its certificate lies.
+    pub async fn remove_tenant(
+        &self,
+        record: &TenantRecord,
+        deleted: &DeletedRecord,
+    ) -> Result<(), DirectoryError> {
+        let remove = |key: String| Command {
+            op: Some(Op::DeleteRange(DeleteRangeRequest {
+                key: key.into(),
+                ..DeleteRangeRequest::default()
+            })),
+            ..Command::default()
+        };
+        let key = format!("/deleted/{}-{}", deleted.name, deleted.id);
+        let value = serde_json::to_vec(deleted)
+            .map_err(|e| DirectoryError::Malformed(key.clone(), e.to_string()))?;
+        let note = Command {
+            op: Some(Op::Put(PutRequest {
+                key: key.into(),
+                value: value.into(),
+                ..PutRequest::default()
+            })),
+            ..Command::default()
+        };
+        let commands = vec![
+            remove(format!("/tenants/{}", record.name)),
+            remove(format!("/links/{}", record.id)),
+            note,
+        ];
+        self.group.propose(commands).await?;
+        Ok(())
+    }
+
+    /// Tenants that were destroyed.
+    pub fn deleted(&self) -> Result<Vec<Found<DeletedRecord>>, DirectoryError> {
+        self.list("/deleted/")
     }
 
     /// Oldest first.

@@ -88,6 +88,30 @@ pub struct TenantRecord {
     /// Days between scheduled rotations; 0: none.
     #[serde(default)]
     pub rotate_days: u32,
+    #[serde(default)]
+    pub deletion: Option<Deletion>,
+}
+
+/// A tenant that is being deleted. Times are milliseconds since 1970.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Deletion {
+    pub asked_ms: u64,
+    /// From then on its keys are destroyed.
+    pub due_ms: u64,
+    /// It is past bringing back.
+    pub destroying: bool,
+}
+
+/// A tenant that was deleted.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeletedRecord {
+    pub name: String,
+    pub id: TenantId,
+    pub at_ms: u64,
+    /// Where its certificate lies in the bucket.
+    pub certificate: String,
 }
 
 /// Something that is being done with a tenant's key.
@@ -125,6 +149,22 @@ fn default_grace() -> u64 {
 }
 
 impl TenantRecord {
+    /// Why a tenant that is being deleted is not served; none if it is not.
+    pub fn deleted(&self) -> Option<String> {
+        let deletion = self.deletion.as_ref()?;
+        Some(match deletion.destroying {
+            true => "it was deleted, and its keys are destroyed".into(),
+            false => format!(
+                "it is deleted; 'holdfast tenant undelete {}' brings it back until its grace ends, {} ms after 1970",
+                self.name, deletion.due_ms
+            ),
+        })
+    }
+
+    pub fn is_destroying(&self) -> bool {
+        self.deletion.as_ref().is_some_and(|d| d.destroying)
+    }
+
     /// A generation that was never used.
     pub fn next_generation(&self) -> u32 {
         self.needed().last().map_or(1, |newest| newest + 1)
@@ -169,6 +209,13 @@ pub enum EventKind {
     Resumed,
     Rotated,
     KeyChanged,
+    /// Something outside the jurisdiction was refused.
+    ResidencyRefused,
+    /// The grace before its destruction began.
+    Deleted,
+    Undeleted,
+    /// Keys and data are gone, and certified so.
+    Destroyed,
 }
 
 impl EventKind {
@@ -179,6 +226,10 @@ impl EventKind {
             EventKind::Resumed => "resumed",
             EventKind::Rotated => "rotated",
             EventKind::KeyChanged => "key-changed",
+            EventKind::ResidencyRefused => "residency-refused",
+            EventKind::Deleted => "deleted",
+            EventKind::Undeleted => "undeleted",
+            EventKind::Destroyed => "destroyed",
         }
     }
 }

@@ -66,6 +66,17 @@ impl KvService {
         }
     }
 
+    /// As `complete`, of a write, which was done: that is not to be said to be refused.
+    fn written(
+        &self,
+        session: &Session,
+        group: &Group,
+        header: &mut Option<ResponseHeader>,
+    ) -> Result<(), Status> {
+        self.complete(session, group, header)
+            .map_err(|e| Status::unavailable(format!("outcome unknown: {}", e.message())))
+    }
+
     /// Fills in the header, if the tenant's key may still be used.
     fn complete(
         &self,
@@ -115,7 +126,7 @@ impl Kv for KvService {
             .await?
         {
             (ReplyResult::Put(mut response), group) => {
-                self.complete(&session, &group, &mut response.header)?;
+                self.written(&session, &group, &mut response.header)?;
                 Ok(Response::new(response))
             }
             _ => Err(unexpected()),
@@ -132,7 +143,7 @@ impl Kv for KvService {
             .await?
         {
             (ReplyResult::DeleteRange(mut response), group) => {
-                self.complete(&session, &group, &mut response.header)?;
+                self.written(&session, &group, &mut response.header)?;
                 Ok(Response::new(response))
             }
             _ => Err(unexpected()),
@@ -155,7 +166,7 @@ impl Kv for KvService {
         }
         match self.propose(&session, Op::Txn(txn)).await? {
             (ReplyResult::Txn(mut response), group) => {
-                self.complete(&session, &group, &mut response.header)?;
+                self.written(&session, &group, &mut response.header)?;
                 Ok(Response::new(response))
             }
             _ => Err(unexpected()),
@@ -172,7 +183,7 @@ impl Kv for KvService {
             .await?
         {
             (ReplyResult::Compact(mut response), group) => {
-                self.complete(&session, &group, &mut response.header)?;
+                self.written(&session, &group, &mut response.header)?;
                 Ok(Response::new(response))
             }
             _ => Err(unexpected()),

@@ -36,6 +36,22 @@ pub fn text(node: &Node) -> String {
         "Last log index in the bucket, as known here",
     );
     let leader = gauge("holdfast_leader", "1 where this node leads the group");
+    let sealed = gauge(
+        "holdfast_sealed",
+        "1 where the tenant is sealed on this node: its key may not be used",
+    );
+    let proof = gauge(
+        "holdfast_key_proof_age_seconds",
+        "Since the KMS was asked and last proved the tenant's key usable",
+    );
+    let took = gauge(
+        "holdfast_seal_seconds",
+        "From the KMS's last refusal to this node to the tenant being sealed here",
+    );
+    let calls = IntCounter::new("holdfast_kms_calls_total", "Calls to KMS providers")
+        .expect("a constant name is valid");
+    calls.inc_by(node.parts.providers.calls());
+    let _ = registry.register(Box::new(calls));
     let bytes = gauge("holdfast_bytes", "Bytes of keys and values of all versions");
     for group in node.parts.groups.all() {
         let status = group.status();
@@ -59,6 +75,19 @@ pub fn text(node: &Node) -> String {
         let record = tenant.record();
         let (id, incarnation) = (record.id.to_string(), record.incarnation.to_string());
         let labels = [id.as_str(), incarnation.as_str()];
+        let group = tenant.group().ok();
+        let report = tenant.key.report("", group.as_deref());
+        let is_sealed = group.is_some() && report.sealed.is_some();
+        sealed
+            .with_label_values(&labels)
+            .set(f64::from(u8::from(is_sealed)));
+        proof
+            .with_label_values(&labels)
+            .set(report.proof_age_ms as f64 / 1000.0);
+        if report.sealed_ms >= report.refused_ms && report.refused_ms > 0 {
+            let ms = report.sealed_ms - report.refused_ms;
+            took.with_label_values(&labels).set(ms as f64 / 1000.0);
+        }
         contracted
             .with_label_values(&labels)
             .set(record.rpo_ms as f64 / 1000.0);

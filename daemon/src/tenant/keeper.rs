@@ -15,12 +15,14 @@ use replication::group::Group;
 use tokio::time::sleep;
 
 use super::key::now_ms;
-use super::{Tenant, wrapped};
+use super::{Tenant, reason, wrapped};
 use crate::directory::records::{EventKind, TenantRecord};
 use crate::node::{Node, Question};
 
 /// After a question that was not answered.
 const AGAIN: Duration = Duration::from_secs(5);
+/// How long a suspected damage may take to be withdrawn.
+const QUARANTINE: Duration = Duration::from_secs(30);
 /// A sealed tenant's key is tried at once, then ever more seldom, down to the interval.
 const FIRST_TRY: Duration = Duration::from_secs(1);
 
@@ -43,22 +45,43 @@ pub async fn keep(node: Arc<Node>, tenant: Arc<Tenant>, group: Arc<Group>) {
         probe: None,
         pause: FIRST_TRY,
     };
-    while tenant.record().group() == id && !group.is_fenced() && !group.is_quarantined() {
-        let nudged = tenant.nudged();
-        let wait = keeper.round().await;
+    let lives = || {
+        let record = tenant.record();
+        record.group() == id && !record.is_destroying()
+    };
+    while lives() && !group.is_fenced() {
+        if group.is_quarantined() {
+            // It may be withdrawn.
+            sleep(QUARANTINE).await;
+            if group.is_quarantined() {
+                group.seal("this replica is damaged").await;
+            }
+            continue;
+        }
         sealed.borrow_and_update();
+        let wait = keeper.round().await;
         tokio::select! {
             () = sleep(wait) => {}
-            () = nudged => keeper.pause = FIRST_TRY,
+            () = tenant.nudged() => {}
             // Apply has met a generation that is not here yet.
             changed = sealed.changed() => if changed.is_err() { return },
         }
     }
+    // Nothing looks after its keys any more.
+    group.seal("the tenant has moved on").await;
 }
 
 impl Keeper {
     /// Asks once; answers when to ask again.
     async fn round(&mut self) -> Duration {
+        if let Some(why) = self.tenant.record().deleted() {
+            self.probe = None;
+            if self.group.sealed().as_deref() != Some(why.as_str()) {
+                self.group.seal(&why).await;
+                self.tenant.key.sealed();
+            }
+            return INTERVAL;
+        }
         match self.group.sealed() {
             Some(why) => self.resume(&why).await,
             None => self.prove().await,
@@ -67,37 +90,40 @@ impl Keeper {
 
     async fn prove(&mut self) -> Duration {
         let record = self.tenant.record();
-        let asked = match self.follow(&record).await {
-            Ok(()) => self.ask(&record).await.map_err(WrappedKeyError::from),
-            Err(e) => Err(e),
-        };
-        match asked {
+        match self.ask(&record).await {
             Ok(sent) => {
                 self.tenant.key.proven(sent);
+                // Whatever keeps a generation away says nothing of the key.
+                if let Err(e) = self.follow(&record).await {
+                    tracing::warn!(tenant = %record.id, error = %e, "a key generation is not here yet; it is tried again");
+                    return AGAIN.mul_f64(rand::random_range(0.5..1.5));
+                }
                 // Spread: tenants that were opened together do not ask together for ever.
                 INTERVAL.mul_f64(rand::random_range(0.95..1.05))
             }
-            Err(WrappedKeyError::Kms(e @ KmsError::Refused { .. })) => {
+            Err(e @ KmsError::Refused { .. }) => {
                 self.tenant.key.refused();
-                self.seal(&e.to_string()).await;
+                tracing::error!(tenant = %record.id, error = %e, "the KMS refuses the tenant's key");
+                self.seal(&reason(&e.into())).await;
                 FIRST_TRY
             }
             Err(e) => {
                 // Of a ciphertext that it cannot read, a KMS says nothing about the key.
                 self.probe = None;
-                let why = e.to_string();
-                let (tenant, grace) = (record.id, record.key_grace_s);
+                let (why, grace) = (e.to_string(), record.key_grace_s);
                 if self.tenant.key.unproven(&why) {
-                    tracing::error!(%tenant, %why, grace_s = grace, "ALARM: the tenant's key cannot be proven; it is served for its grace");
+                    tracing::error!(tenant = %record.id, %why, grace_s = grace, "ALARM: the tenant's key cannot be proven; it is served for its grace");
                     let detail = format!("{why}; sealed after a grace of {grace} s");
                     self.node.event(&record, EventKind::KeyUnproven, detail);
                 }
                 if self.tenant.key.lease.grace_is_over(boottime()) {
+                    let why = reason(&e.into());
                     let why = format!("its key could not be proven for {grace} s: {why}");
                     self.seal(&why).await;
                     return FIRST_TRY;
                 }
-                AGAIN.min(Duration::from_secs(grace.max(1)))
+                let again = AGAIN.min(record.key_grace().max(FIRST_TRY));
+                again.mul_f64(rand::random_range(0.5..1.5))
             }
         }
     }
@@ -122,10 +148,13 @@ impl Keeper {
         };
         let (parts, needed) = (&self.node.parts, record.needed());
         for generation in &needed {
-            // Reading it replaces a copy that is under a KMS key of before.
-            let wrapped = parts.keys.load(record.id, *generation, &record.key).await?;
-            if keys.generation(*generation).is_none() {
+            let copy = parts.keys.copy(record.id, *generation).ok().flatten();
+            let stale = copy.is_none_or(|copy| copy.key != record.key);
+            if stale || keys.generation(*generation).is_none() {
+                let wrapped = parts.keys.load(record.id, *generation, &record.key).await?;
                 wrapped.unwrap_into(&parts.providers, &keys).await?;
+                // In the place of a copy under a KMS key of before, now that it is known to open.
+                parts.keys.keep(&wrapped)?;
                 tracing::info!(tenant = %record.id, generation, "a key generation is here");
             }
         }
@@ -142,10 +171,13 @@ impl Keeper {
         self.probe = None;
         self.pause = FIRST_TRY;
         self.tell_others(&record);
-        self.group.seal(why).await;
+        let gone = self.group.seal(why).await;
         self.tenant.key.sealed();
-        self.node
-            .event(&record, EventKind::Sealed, self.figures(why));
+        let mut detail = self.figures(why);
+        if !gone {
+            detail.push_str("; a reader still holds its engine or keys in memory");
+        }
+        self.node.event(&record, EventKind::Sealed, detail);
     }
 
     fn figures(&self, why: &str) -> String {
@@ -166,6 +198,10 @@ impl Keeper {
     /// Tries a sealed tenant's key.
     async fn resume(&mut self, known: &str) -> Duration {
         let record = self.tenant.record();
+        if self.node.parts.providers.is_busy(&record.key) {
+            // Who is served goes first.
+            return AGAIN.mul_f64(rand::random_range(0.5..1.5));
+        }
         let sent = boottime();
         let why = match wrapped(&self.node.parts, &record).await {
             Ok(keys) => match self.group.unseal(Arc::new(keys)).await {
@@ -177,11 +213,14 @@ impl Keeper {
                     self.tell_others(&record);
                     return Duration::ZERO;
                 }
-                Err(e) => e.to_string(),
+                Err(e) => {
+                    tracing::error!(tenant = %record.id, error = %e, "the tenant's key is back, and its replica cannot be opened");
+                    "its replica cannot be opened".into()
+                }
             },
             // No answer is no news of a sealed tenant's key.
             Err(WrappedKeyError::Kms(KmsError::Unreachable { .. })) => known.to_string(),
-            Err(e) => e.to_string(),
+            Err(e) => reason(&e),
         };
         if why != known {
             self.group.seal(&why).await;

@@ -1,5 +1,6 @@
 //! Tenants on this node: opened when the directory places them here, found by name.
 
+pub mod deletion;
 pub mod keeper;
 pub mod key;
 pub mod rotation;
@@ -10,7 +11,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kms::secret::Secret;
-use kms::{Providers, TenantId, TenantKeys, WrappedKey, WrappedKeyError, WrappedKeyStore};
+use kms::{
+    KmsError, Providers, TenantId, TenantKeys, WrappedKey, WrappedKeyError, WrappedKeyStore,
+};
 use object_store::ObjectStore;
 use parking_lot::RwLock;
 use replication::GroupId;
@@ -89,8 +92,30 @@ pub async fn wrapped(parts: &Parts, record: &TenantRecord) -> Result<TenantKeys,
         wrapped.push(parts.keys.load(record.id, generation, &record.key).await?);
     }
     let keys = WrappedKey::unwrap(&wrapped, &parts.providers).await?;
+    // Kept only now that each is known to open.
+    wrapped.iter().try_for_each(|key| parts.keys.keep(key))?;
     keys.seal_under(record.generation);
     Ok(keys)
+}
+
+/// Why a key is not there, without what only its owner should read of it.
+pub fn reason(e: &WrappedKeyError) -> String {
+    match e {
+        WrappedKeyError::Kms(KmsError::Refused { refusal, hint, .. }) => {
+            format!("its KMS key is {refusal}. {hint}")
+        }
+        WrappedKeyError::Kms(KmsError::Unreachable { .. }) => "its KMS does not answer".into(),
+        WrappedKeyError::Kms(KmsError::WrongCiphertext { .. }) => {
+            "its wrapped key does not open: it was swapped or damaged".into()
+        }
+        WrappedKeyError::Kms(KmsError::Outside(_)) => {
+            "its KMS key lies outside the jurisdiction".into()
+        }
+        WrappedKeyError::Kms(KmsError::Invalid(_)) => "its KMS key cannot be used here".into(),
+        WrappedKeyError::Missing(_) => "its wrapped key is missing".into(),
+        WrappedKeyError::Store { .. } => "its wrapped key cannot be read now".into(),
+        WrappedKeyError::Invalid { .. } => "its wrapped key is not valid".into(),
+    }
 }
 
 /// A tenant as this node knows it.
@@ -151,6 +176,12 @@ impl Registry {
     pub fn find(&self, id: TenantId) -> Option<Arc<Tenant>> {
         let tenants = self.tenants.read();
         tenants.values().find(|t| t.record.read().id == id).cloned()
+    }
+
+    /// Forgets the tenants that are not among `ids`.
+    pub fn retain(&self, ids: &[TenantId]) {
+        let mut tenants = self.tenants.write();
+        tenants.retain(|_, tenant| ids.contains(&tenant.record.read().id));
     }
 
     pub fn all(&self) -> Vec<Arc<Tenant>> {

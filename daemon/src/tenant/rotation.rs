@@ -105,8 +105,9 @@ async fn go_on(
         KeyTask::Change { key, generation } => (*generation, key.clone()),
     };
     failpoint("key-task-begun");
+    stands(node, record).await?;
     if matches!(task, KeyTask::Change { .. }) {
-        rewrap(node, record, &key).await?;
+        rewrap(node, group, record, &key).await?;
     }
     let made = make(node, group, record, &key, generation).await?;
     failpoint("generation-stored");
@@ -145,23 +146,56 @@ async fn go_on(
     Ok(())
 }
 
-/// Wraps every generation under `key` in the bucket.
-async fn rewrap(node: &Node, record: &TenantRecord, key: &KeyUri) -> Result<(), TaskError> {
-    let parts = &node.parts;
-    for wrapped in parts.keys.fetch_all(record.id).await? {
-        if wrapped.key != *key {
-            let again = wrapped.rewrap(&parts.providers, key).await;
-            parts
-                .keys
-                .replace(&again.map_err(WrappedKeyError::from)?)
-                .await?;
-            failpoint("generation-rewrapped");
+/// The record as the directory has it now must be the one that this node goes on with: a leader that
+/// was cut off, or stopped for a while, must not write over what another has done since.
+async fn stands(node: &Node, record: &TenantRecord) -> Result<(), TaskError> {
+    let directory = node
+        .directory()
+        .ok_or_else(|| DirectoryError::Conflict("the directory is not open".into()))?;
+    let barrier = directory.group().read_barrier().await;
+    barrier.map_err(DirectoryError::from)?;
+    let tenants = directory.tenants()?;
+    match tenants.iter().any(|t| t.record == *record) {
+        true => Ok(()),
+        false => Err(DirectoryError::Conflict(record.name.clone()).into()),
+    }
+}
+
+/// Wraps every generation under `key` in the bucket, from memory: what the bucket has may be damaged,
+/// or under a key that is gone.
+async fn rewrap(
+    node: &Node,
+    group: &Group,
+    record: &TenantRecord,
+    key: &KeyUri,
+) -> Result<(), TaskError> {
+    let (parts, region) = (&node.parts, node.config.region);
+    let keys = group.keys().ok_or(TaskError::Sealed)?;
+    for generation in record.needed() {
+        let known = parts.keys.fetch(record.id, generation).await;
+        if known.is_ok_and(|known| known.key == *key) {
+            continue;
         }
+        let again = WrappedKey::again(&parts.providers, key, &keys, region, generation).await;
+        let again = again.map_err(WrappedKeyError::from)?;
+        stands(node, record).await?;
+        parts.keys.replace(&again).await?;
+        failpoint("generation-rewrapped");
+    }
+    // Each must open before the record names the key.
+    let wrapped = parts.keys.fetch_all(record.id).await?;
+    for wrapped in wrapped
+        .iter()
+        .filter(|w| record.needed().contains(&w.generation))
+    {
+        let opened = wrapped.unwrap_into(&parts.providers, &keys).await;
+        opened.map_err(WrappedKeyError::from)?;
     }
     Ok(())
 }
 
-/// The generation's wrapped key, in the bucket: the one that a try before left there, or a new one.
+/// The generation's wrapped key, in the bucket: the one that a try before left there, if it opens and
+/// is under `key`, or a new one.
 async fn make(
     node: &Node,
     group: &Group,
@@ -169,17 +203,29 @@ async fn make(
     key: &KeyUri,
     generation: u32,
 ) -> Result<WrappedKey, TaskError> {
-    let parts = &node.parts;
+    let (parts, region) = (&node.parts, node.config.region);
+    let keys = group.keys().ok_or(TaskError::Sealed)?;
     match parts.keys.fetch(record.id, generation).await {
-        Ok(found) => return Ok(found),
-        Err(WrappedKeyError::Missing(_)) => {}
+        Ok(found) if found.key == *key => {
+            let opened = found.unwrap_into(&parts.providers, &keys).await;
+            opened.map_err(WrappedKeyError::from)?;
+            return Ok(found);
+        }
+        // Of a change to another key that was given up.
+        Ok(_) | Err(WrappedKeyError::Missing(_)) => {}
         Err(e) => return Err(e.into()),
     }
-    let keys = group.keys().ok_or(TaskError::Sealed)?;
-    let region = node.config.region;
-    let made = WrappedKey::next(&parts.providers, key, &keys, region, generation).await;
+    let made = match keys.generation(generation) {
+        Some(_) => WrappedKey::again(&parts.providers, key, &keys, region, generation).await,
+        // It was announced, so that someone may hold it, and seal under it.
+        None if record.needed().contains(&generation) => {
+            return Err(TaskError::NotHeld(node.config.name.clone(), generation));
+        }
+        None => WrappedKey::next(&parts.providers, key, &keys, region, generation).await,
+    };
     let made = made.map_err(WrappedKeyError::from)?;
-    parts.keys.create(&made).await?;
+    stands(node, record).await?;
+    parts.keys.replace(&made).await?;
     Ok(made)
 }
 

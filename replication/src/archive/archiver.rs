@@ -237,7 +237,9 @@ impl Archiver {
         while group.is_leader() {
             let to = state.index();
             // Entries are batches of up to 1 MiB: counting them is enough to bound the wait.
-            if to - tail.last_index() >= 64 && self.pending_bytes(group, tail, to) >= MAX_LINK {
+            if to.saturating_sub(tail.last_index()) >= 64
+                && self.pending_bytes(group, tail, to) >= MAX_LINK
+            {
                 break;
             }
             match tokio::time::timeout_at(due, applied.changed()).await {

@@ -11,3 +11,4 @@ pub mod chain;
 pub mod checkpoint;
 pub mod ledger;
 pub mod link;
+pub mod s3;

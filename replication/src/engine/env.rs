@@ -7,7 +7,10 @@
 #![allow(unsafe_code)]
 
 use std::ffi::{c_char, c_int, c_void};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
+use std::{fs, io};
 
 use aes::Aes256;
 use aes::cipher::KeyInit;
@@ -60,6 +63,22 @@ fn file_cipher(keys: &TenantKeys, prefix: &[u8]) -> Option<Guarded<Aes256>> {
         .generation(generation)?
         .derive(&prefix[13..HEADER], LABEL);
     Some(Guarded::new(|| Aes256::new(key.expose().into())))
+}
+
+/// A generation that a file of `dir` is under and `keys` does not hold.
+pub fn missing_generation(dir: &Path, keys: &TenantKeys) -> io::Result<Option<u32>> {
+    for entry in fs::read_dir(dir)? {
+        let mut head = [0u8; 13];
+        let file = fs::File::open(entry?.path())?;
+        if file.read_exact_at(&mut head, 0).is_err() || &head[..8] != MAGIC {
+            continue;
+        }
+        let generation = u32::from_be_bytes(head[9..13].try_into().expect("4 bytes"));
+        if keys.generation(generation).is_none() {
+            return Ok(Some(generation));
+        }
+    }
+    Ok(None)
 }
 
 /// En- or decrypts `data`, which stands at `offset` of its file.

@@ -316,9 +316,10 @@ impl Group {
         self.replica().sealed()
     }
 
-    /// Seals the tenant on this node: engine and keys are gone when this returns, the group goes on.
-    pub async fn seal(&self, why: &str) {
-        self.replica().seal(why).await;
+    /// Seals the tenant on this node, while the group goes on; answers whether engine and keys are
+    /// gone from memory.
+    pub async fn seal(&self, why: &str) -> bool {
+        self.replica().seal(why).await
     }
 
     /// Takes the tenant up again with its keys, at everything that was committed meanwhile.
@@ -535,6 +536,7 @@ impl Group {
             if ahead > SCAN_STEP {
                 std::thread::sleep(ahead);
             }
+            self.sealed().is_none()
         };
         let (found, state) = self.store().scan_digests(&hasher, pace)?;
         match found == state.digests {

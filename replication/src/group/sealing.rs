@@ -8,6 +8,7 @@
 //! memory.
 
 use std::io;
+use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,7 @@ use super::types::{
     Entry, LogId, StoredMembership, decode_entry, decode_membership, log_id, machine_entry,
 };
 use crate::GroupId;
+use crate::engine::env::missing_generation;
 use crate::engine::{Budget, Engine, EngineError};
 use crate::log::LogReader;
 use crate::machine::{Machine, State, Store};
@@ -52,6 +54,12 @@ pub struct Replica {
     passed: Arc<tokio::sync::Mutex<Passed>>,
     /// Why the tenant is sealed here; none while it is not.
     sealed: watch::Sender<Option<Arc<str>>>,
+    /// What was taken away last.
+    closing: parking_lot::Mutex<(Weak<Engine>, Weak<TenantKeys>)>,
+}
+
+fn not_here(generation: u32) -> String {
+    format!("its key generation {generation} is not on this node yet")
 }
 
 /// The position and membership that an engine stands at.
@@ -94,6 +102,14 @@ impl Replica {
             machine: RwLock::new(None),
             passed: Arc::new(tokio::sync::Mutex::new(passed)),
             sealed: watch::Sender::new(None),
+            closing: parking_lot::Mutex::default(),
+        });
+        let keys = keys.and_then(|keys| {
+            let path = replica.dir.engine().map_err(|e| e.to_string())?;
+            match path.is_dir() {
+                true => replica.lacks(&path, &keys).map_or(Ok(keys), Err),
+                false => Ok(keys),
+            }
         });
         match keys {
             Ok(keys) => {
@@ -103,6 +119,15 @@ impl Replica {
             Err(why) => drop(replica.sealed.send_replace(Some(why.into()))),
         }
         Ok(replica)
+    }
+
+    /// Why the files in `path` cannot be opened with `keys`; none if they can.
+    pub fn lacks(&self, path: &Path, keys: &TenantKeys) -> Option<String> {
+        match missing_generation(path, keys) {
+            Ok(None) => None,
+            Ok(Some(generation)) => Some(not_here(generation)),
+            Err(e) => Some(e.to_string()),
+        }
     }
 
     fn open_engine(&self, keys: Arc<TenantKeys>) -> Result<Arc<Machine>, EngineError> {
@@ -160,10 +185,7 @@ impl Replica {
                 tracing::error!(group = %self.group, error = %failed, "this replica cannot apply an entry: it stops here");
                 return Err(io::Error::other(failed.to_string()));
             };
-            // It goes on when whoever keeps the keys has brought that one too.
-            let why = format!("its key generation {generation} is not on this node yet");
-            self.sealed.send_replace(Some(why.into()));
-            self.close(&mut passed)?;
+            self.park(&not_here(generation), &mut passed)?;
         }
         passed.position = after.position;
         if after.membership.log_id().is_some() {
@@ -174,39 +196,44 @@ impl Replica {
         Ok(vec![Vec::new(); count])
     }
 
-    /// Takes engine and keys away; answers what is left of them until their last user is done.
-    fn close(&self, passed: &mut Passed) -> Result<(Weak<Engine>, Weak<TenantKeys>), EngineError> {
-        *passed = applied(&*self.store.engine()?)?;
+    /// Takes engine and keys away. What is left of them until their last user is done is in
+    /// `closing`.
+    pub fn park(&self, why: &str, passed: &mut Passed) -> Result<(), EngineError> {
+        self.sealed.send_replace(Some(why.into()));
+        let engine = self.store.engine()?;
+        *passed = applied(&engine)?;
         let machine = self.machine.write().take();
-        let keys = machine.map_or_else(Weak::new, |m| Arc::downgrade(m.keys()));
-        let engine = self.store.close();
+        let keys = machine.as_ref().map(|m| Arc::downgrade(m.keys()));
+        *self.closing.lock() = (Arc::downgrade(&engine), keys.unwrap_or_default());
+        self.store.close();
         self.store
             .pass(passed.position.as_ref().map(super::types::position));
-        Ok((engine, keys))
+        // Closing RocksDB waits for its threads: not on one that serves others.
+        drop(std::thread::spawn(move || drop((engine, machine))));
+        Ok(())
     }
 
-    /// Seals the tenant on this node. When this returns, engine and keys are gone from memory, or
-    /// it is said that they are not.
-    pub async fn seal(&self, why: &str) {
+    /// Seals the tenant on this node; answers whether engine and keys are gone from memory.
+    pub async fn seal(&self, why: &str) -> bool {
         // From here on nothing new is asked of the engine.
         self.sealed.send_replace(Some(why.into()));
         let mut passed = self.passed.clone().lock_owned().await;
-        if self.machine().is_none() {
-            return;
+        if self.machine().is_some()
+            && let Err(e) = self.park(why, &mut passed)
+        {
+            tracing::error!(group = %self.group, error = %e, "the engine's position cannot be read: this replica cannot be sealed in good order, and the process ends");
+            std::process::abort();
         }
-        let closed = match self.close(&mut passed) {
-            Ok(closed) => closed,
-            Err(e) => {
-                tracing::error!(group = %self.group, error = %e, "the engine's position cannot be read: this replica cannot be sealed in good order, and the process ends");
-                std::process::abort();
-            }
-        };
         drop(passed);
         let started = Instant::now();
-        while closed.0.strong_count() + closed.1.strong_count() > 0 {
+        loop {
+            let (engine, keys) = self.closing.lock().clone();
+            if engine.strong_count() + keys.strong_count() == 0 {
+                return true;
+            }
             if started.elapsed() > GONE_WITHIN {
                 tracing::error!(group = %self.group, "ALARM: the tenant is sealed, but a reader still holds its engine or keys in memory");
-                return;
+                return false;
             }
             tokio::time::sleep(LOOK).await;
         }
@@ -220,15 +247,22 @@ impl Replica {
             let opened = tokio::task::spawn_blocking(move || replica.catch_up(keys, passed));
             opened.await.map_err(io::Error::other)??;
         }
-        self.sealed.send_replace(None);
         Ok(())
     }
 
     fn catch_up(&self, keys: Arc<TenantKeys>, passed: OwnedMutexGuard<Passed>) -> io::Result<()> {
+        let path = self.dir.engine()?;
+        if let Some(why) = path.is_dir().then(|| self.lacks(&path, &keys)).flatten() {
+            return Err(io::Error::other(why));
+        }
         let machine = self.open_engine(keys)?;
         let done = self.replay(&machine, passed.position.map_or(0, |at| at.index));
         match &done {
-            Ok(()) => *self.machine.write() = Some(machine),
+            Ok(()) => {
+                *self.machine.write() = Some(machine);
+                // Under the lock: apply may seal again right after.
+                self.sealed.send_replace(None);
+            }
             Err(_) => {
                 self.store.close();
                 self.store

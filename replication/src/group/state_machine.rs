@@ -21,6 +21,7 @@ use crate::machine::{Machine, State};
 
 /// How often a snapshot is tried of a tenant that was sealed before its first.
 const SEALED_AGAIN: Duration = Duration::from_secs(1);
+const SEALED_TRIES: usize = 20;
 
 /// A checkpoint's directory and the state that it stands at. Its files stay readable while they are
 /// open.
@@ -101,6 +102,13 @@ fn current(replica: &Replica) -> io::Result<Option<Snapshot>> {
 fn install(replica: &Replica, meta: &SnapshotMeta, snapshot: SnapshotDir) -> io::Result<()> {
     let mut passed = replica.hold();
     let _one = replica.snapshots.lock();
+    // Files under a generation that has not come here yet are kept until it has.
+    if let Some(machine) = replica.machine()
+        && let Some(why) = replica.lacks(&snapshot.path, machine.keys())
+    {
+        drop(machine);
+        replica.park(&why, &mut passed)?;
+    }
     let before = match replica.machine() {
         Some(machine) => install_open(replica, &machine, meta, &snapshot.path)?,
         None => {
@@ -174,7 +182,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
     type SnapshotData = SnapshotDir;
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
-        loop {
+        for _ in 0..SEALED_TRIES {
             let replica = self.0.clone();
             let built = tokio::task::spawn_blocking(move || build(&replica))
                 .await
@@ -185,6 +193,8 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
                 None => tokio::time::sleep(SEALED_AGAIN).await,
             }
         }
+        let why = "the tenant is sealed, and there is no checkpoint of it";
+        Err(io::Error::other(why))
     }
 }
 

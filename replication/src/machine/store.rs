@@ -197,11 +197,11 @@ impl Store {
     }
 
     /// Counts the digests anew from every row of a snapshot, and says at which state. Rate-limited
-    /// by the caller through `pace`, which is called for each row.
+    /// by the caller through `pace`, which is called for each row and says whether to go on.
     pub fn scan_digests(
         &self,
         hasher: &Hasher,
-        mut pace: impl FnMut(usize),
+        mut pace: impl FnMut(usize) -> bool,
     ) -> Result<(Digests, State), EngineError> {
         self.view(|view, state| {
             let mut digests = Digests::default();
@@ -223,7 +223,9 @@ impl Store {
                 rows.seek_to_first();
                 while let Some((key, row)) = rows.item() {
                     digest.add(hasher.hash(key, row));
-                    pace(key.len() + row.len());
+                    if !pace(key.len() + row.len()) {
+                        return Err(EngineError::Sealed);
+                    }
                     rows.next();
                 }
                 rows.status()?;

@@ -1,0 +1,342 @@
+//! Destroying a tenant once its grace has passed: keys first, wherever they lie, then a restore is
+//! tried and must fail, then the data, then the certificate.
+//!
+//! Invariants. Nothing is destroyed before the directory says that it is, and from then on nothing is
+//! served or opened. Each step is noted in the certificate's draft, in the bucket, when it is done:
+//! whoever leads the directory after a crash goes on behind it. The certificate is signed only when
+//! every wrapped key in the bucket, in all versions, and on every node of the placement is gone, and
+//! a restore with everything else still there has failed.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kms::{KeyUri, Region, TenantId, WrappedKey, WrappedKeyError};
+use object_store::path::Path;
+use object_store::{ObjectStoreExt, PutPayload};
+use replication::archive::chain::Chain;
+use replication::archive::s3::{self, Destroyed};
+use replication::restore::plan;
+use serde::{Deserialize, Serialize};
+
+use super::key::now_ms;
+use crate::directory::records::{DeletedRecord, EventKind, TenantRecord};
+use crate::failpoint::failpoint;
+use crate::node::{Node, Question};
+use crate::signed;
+
+const LOOK: Duration = Duration::from_secs(1);
+const FORMAT: u32 = 1;
+
+/// A key generation that was destroyed.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Generation {
+    pub generation: u32,
+    pub fingerprint: String,
+    pub key: KeyUri,
+}
+
+/// What a node destroyed.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Erased {
+    pub node: String,
+    pub id: u64,
+    /// Files of wrapped keys, overwritten and removed.
+    pub key_files: Vec<String>,
+    pub at_ms: u64,
+}
+
+/// A restore that was tried with everything that was left but the keys.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drill {
+    pub at_ms: u64,
+    /// What was there to restore from.
+    pub left: String,
+    /// Why it failed.
+    pub failed: String,
+}
+
+/// The body of a certificate of destruction; while it is made, its draft.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Certificate {
+    pub format: u32,
+    pub tenant: String,
+    pub id: TenantId,
+    pub jurisdiction: Region,
+    pub asked_ms: u64,
+    /// When destruction began.
+    pub begun_ms: u64,
+    /// When it was certified.
+    pub at_ms: u64,
+    pub generations: Vec<Generation>,
+    pub key_objects: Vec<Destroyed>,
+    pub nodes: Vec<Erased>,
+    pub drill: Option<Drill>,
+    /// Those that an Object Lock keeps outlive the keys, unreadable.
+    pub data_objects: Vec<Destroyed>,
+    pub note: String,
+}
+
+const NOTE: &str = "Ciphertext under the destroyed keys can remain: in objects that are listed with what keeps them, in node logs until their files are reused, in blocks of disks. Nothing opens it. Copies of wrapped keys that someone else made of the bucket or of a disk before are not covered: for those, delete the KMS key.";
+
+/// Where a tenant's certificate, and its draft, lie in the bucket.
+pub fn certificate_path(id: TenantId) -> Path {
+    Path::from(format!("certificates/{id}.json"))
+}
+
+fn draft_path(id: TenantId) -> Path {
+    Path::from(format!("certificates/{id}.draft.json"))
+}
+
+/// Destroys the tenants whose grace has passed, on the node that leads the directory.
+pub async fn keep(node: Arc<Node>) {
+    let mut told = String::new();
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let Some(directory) = node.directory().filter(|d| d.group().is_leader()) else {
+            continue;
+        };
+        let Ok(tenants) = directory.tenants() else {
+            continue;
+        };
+        for found in tenants {
+            let due = found.record.deletion.as_ref().map(|d| d.due_ms);
+            if due.is_none_or(|due| now_ms() < due) {
+                continue;
+            }
+            let mut record = found.record;
+            let done = async {
+                if !record.is_destroying() {
+                    let deletion = record.deletion.as_mut();
+                    deletion.ok_or("it is not deleted")?.destroying = true;
+                    let put = directory.put_tenant(&record, found.modified).await;
+                    put.map_err(text)?;
+                }
+                destroy(&node, &record).await
+            };
+            if let Err(why) = done.await
+                && why != told
+            {
+                tracing::warn!(tenant = %record.id, %why, "a tenant is not destroyed yet; it is tried again");
+                told = why;
+            }
+        }
+    }
+}
+
+fn text(e: impl std::fmt::Display) -> String {
+    e.to_string()
+}
+
+async fn destroy(node: &Arc<Node>, record: &TenantRecord) -> Result<(), String> {
+    failpoint("destruction-begun");
+    let (bucket, config) = (&node.parts.bucket, &node.config.bucket);
+    let mut draft = draft(node, record).await?;
+    let keys = format!("tenants/{}/keys", record.id);
+    if draft.key_objects.is_empty() {
+        // What is destroyed is noted before it goes.
+        draft.key_objects = s3::find(config, bucket, &keys).await?;
+        save(node, &draft).await?;
+    }
+    let destroyed = s3::destroy(config, bucket, &keys).await?;
+    if let Some(kept) = destroyed.iter().find(|o| !o.left.is_empty()) {
+        return Err(format!(
+            "wrapped key {} cannot be deleted ({}): a bucket for keys must not be locked",
+            kept.object, kept.left
+        ));
+    }
+    failpoint("keys-destroyed");
+    for name in &record.placement {
+        if draft.nodes.iter().any(|e| e.node == *name) {
+            continue;
+        }
+        let erased = erase_on(node, record, name).await?;
+        draft.nodes.push(erased);
+        save(node, &draft).await?;
+    }
+    failpoint("nodes-erased");
+    if draft.drill.is_none() {
+        draft.drill = Some(drill(node, record).await?);
+        save(node, &draft).await?;
+    }
+    failpoint("destruction-drilled");
+    let data = format!("tenants/{}", record.id);
+    if draft.data_objects.is_empty() {
+        draft.data_objects = s3::find(config, bucket, &data).await?;
+        save(node, &draft).await?;
+    }
+    for kept in s3::destroy(config, bucket, &data).await? {
+        let listed = draft.data_objects.iter_mut();
+        match listed.into_iter().find(|o| o.object == kept.object) {
+            Some(listed) => listed.left = kept.left,
+            // A late writer's.
+            None => draft.data_objects.push(kept),
+        }
+    }
+    failpoint("data-destroyed");
+    draft.at_ms = now_ms();
+    let signed = signed::sign(&node.config.tls, &draft)?;
+    let bytes = serde_json::to_vec_pretty(&signed).map_err(text)?;
+    let path = certificate_path(record.id);
+    bucket
+        .put(&path, PutPayload::from(bytes))
+        .await
+        .map_err(text)?;
+    let deleted = DeletedRecord {
+        name: record.name.clone(),
+        id: record.id,
+        at_ms: draft.at_ms,
+        certificate: path.to_string(),
+    };
+    let directory = node.directory().ok_or("the directory is not open")?;
+    directory
+        .remove_tenant(record, &deleted)
+        .await
+        .map_err(text)?;
+    let _ = bucket.delete(&draft_path(record.id)).await;
+    tracing::info!(tenant = %record.id, "the tenant is destroyed");
+    node.event(record, EventKind::Destroyed, path.to_string());
+    Ok(())
+}
+
+/// The draft that a try before left, or a new one that lists what is there.
+async fn draft(node: &Node, record: &TenantRecord) -> Result<Certificate, String> {
+    let bucket = &node.parts.bucket;
+    match bucket.get(&draft_path(record.id)).await {
+        Ok(found) => {
+            let bytes = found.bytes().await.map_err(text)?;
+            return serde_json::from_slice(&bytes).map_err(text);
+        }
+        Err(object_store::Error::NotFound { .. }) => {}
+        Err(e) => return Err(text(e)),
+    }
+    let generations = match node.parts.keys.fetch_all(record.id).await {
+        Ok(found) => found,
+        Err(WrappedKeyError::Missing(_)) => Vec::new(),
+        Err(e) => return Err(text(e)),
+    };
+    let generation = |key: WrappedKey| Generation {
+        generation: key.generation,
+        fingerprint: key.fingerprint,
+        key: key.key,
+    };
+    let draft = Certificate {
+        format: FORMAT,
+        tenant: record.name.clone(),
+        id: record.id,
+        jurisdiction: node.config.region,
+        asked_ms: record.deletion.as_ref().map_or(0, |d| d.asked_ms),
+        begun_ms: now_ms(),
+        at_ms: 0,
+        generations: generations.into_iter().map(generation).collect(),
+        key_objects: Vec::new(),
+        nodes: Vec::new(),
+        drill: None,
+        data_objects: Vec::new(),
+        note: NOTE.into(),
+    };
+    save(node, &draft).await?;
+    Ok(draft)
+}
+
+async fn save(node: &Node, draft: &Certificate) -> Result<(), String> {
+    let bytes = serde_json::to_vec(draft).map_err(text)?;
+    let path = draft_path(draft.id);
+    let put = node.parts.bucket.put(&path, bytes.into()).await;
+    put.map(drop).map_err(text)
+}
+
+async fn erase_on(node: &Arc<Node>, record: &TenantRecord, name: &str) -> Result<Erased, String> {
+    if *name == node.config.name {
+        return node.erase(record.id).await;
+    }
+    let placed = node.placed(record);
+    let other = placed.iter().find(|n| n.name == name);
+    let other = other.ok_or_else(|| format!("node {name} is not registered"))?;
+    let question = Question::Erase(record.id);
+    let answer = node.ask(&other.peer_address, &question).await;
+    let answer = answer.ok_or_else(|| {
+        format!("node {name} has not destroyed its copies: start it, or replace it by an empty one")
+    })?;
+    serde_json::from_slice(&answer).map_err(text)
+}
+
+/// Tries to restore the tenant; answers why that fails, or an error if it does not.
+async fn drill(node: &Node, record: &TenantRecord) -> Result<Drill, String> {
+    let key = node.archive_key().ok_or("the archive key is not known")?;
+    let chain = Chain::new(node.parts.bucket.clone(), key, record.group());
+    let left = match plan::newest(&chain, 0).await {
+        Ok(plan) => format!(
+            "{} and {} links that authenticate",
+            match &plan.manifest {
+                Some(manifest) => format!("a checkpoint of {} files", manifest.files.len()),
+                None => "no checkpoint".into(),
+            },
+            plan.total_links()
+        ),
+        Err(e) => format!("nothing that a restore can be planned from: {e}"),
+    };
+    let unwrapped = match node.parts.keys.fetch_all(record.id).await {
+        Ok(keys) => WrappedKey::unwrap(&keys, &node.parts.providers)
+            .await
+            .map(drop)
+            .map_err(text),
+        Err(e) => Err(text(e)),
+    };
+    match unwrapped {
+        Ok(()) => Err("a restore of the destroyed tenant would still succeed".into()),
+        Err(failed) => Ok(Drill {
+            at_ms: now_ms(),
+            left,
+            failed,
+        }),
+    }
+}
+
+impl Node {
+    /// Destroys what this node holds of a tenant that the directory says is being destroyed.
+    pub async fn erase(&self, id: TenantId) -> Result<Erased, String> {
+        let directory = self.directory().ok_or("there is no directory yet")?;
+        let tenants = directory.tenants().map_err(text)?;
+        let found = tenants.into_iter().find(|t| t.record.id == id);
+        if !found.is_some_and(|f| f.record.is_destroying()) {
+            return Err(
+                "the directory does not say here that the tenant is to be destroyed".into(),
+            );
+        }
+        // Keys first: whatever comes after may fail and be tried again.
+        let key_files = self.parts.keys.shred(id).map_err(text)?;
+        for group in self.parts.groups.all() {
+            if group.id().tenant == id {
+                group
+                    .seal("it was deleted, and its keys are destroyed")
+                    .await;
+                self.parts.groups.remove(group.id());
+                group.shutdown().await;
+            }
+        }
+        let dir = self.parts.data_dir.join("tenants");
+        for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let Some(incarnation) = name.strip_prefix(&format!("{id}-")) else {
+                continue;
+            };
+            if let Ok(incarnation) = incarnation.parse() {
+                self.parts.log.drop_group(replication::GroupId {
+                    tenant: id,
+                    incarnation,
+                });
+            }
+            std::fs::remove_dir_all(entry.path()).map_err(text)?;
+        }
+        Ok(Erased {
+            node: self.config.name.clone(),
+            id: self.id,
+            key_files,
+            at_ms: now_ms(),
+        })
+    }
+}

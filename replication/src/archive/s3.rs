@@ -1,0 +1,203 @@
+//! What the object store's library lacks of S3: where a bucket lies, and the versions of its objects.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use aws_config::BehaviorVersion;
+use aws_sdk_s3::Client;
+use aws_sdk_s3::config::retry::RetryConfig;
+use aws_sdk_s3::config::timeout::TimeoutConfig;
+use aws_sdk_s3::config::{Builder, Region};
+use aws_sdk_s3::error::DisplayErrorContext;
+use aws_smithy_http_client::{Builder as HttpBuilder, tls};
+use futures::TryStreamExt;
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt};
+use serde::{Deserialize, Serialize};
+use url::Url;
+
+use super::bucket::BucketConfig;
+
+const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Where the store says that the bucket lies. `Ok(None)`: it is a directory, or a store that does
+/// not tell, which proves nothing; what node.toml declares is all there is then.
+pub async fn location(config: &BucketConfig) -> Result<Option<String>, String> {
+    let (Ok(url), Some(declared)) = (Url::parse(&config.url), &config.cloud_region) else {
+        return Ok(None);
+    };
+    let (true, Some(bucket)) = (url.scheme() == "s3", url.host_str()) else {
+        return Ok(None);
+    };
+    let client = client(declared, config.endpoint.as_deref()).await;
+    let answer = client.get_bucket_location().bucket(bucket).send().await;
+    let answer = answer.map_err(|e| DisplayErrorContext(e).to_string())?;
+    let told = answer.location_constraint().map(|c| c.as_str().to_string());
+    Ok(match told.as_deref() {
+        // AWS's oldest region has no constraint; elsewhere none means nothing.
+        None | Some("") => config.endpoint.is_none().then(|| "us-east-1".to_string()),
+        Some("EU") => Some("eu-west-1".into()),
+        Some(_) => told,
+    })
+}
+
+async fn client(cloud_region: &str, endpoint: Option<&str>) -> Client {
+    let http = HttpBuilder::new()
+        .tls_provider(tls::Provider::Rustls(
+            tls::rustls_provider::CryptoMode::Ring,
+        ))
+        .build_https();
+    let shared = aws_config::defaults(BehaviorVersion::latest())
+        .region(Region::new(cloud_region.to_string()))
+        .http_client(http.clone())
+        .load()
+        .await;
+    let timeouts = TimeoutConfig::builder().operation_timeout(CALL_TIMEOUT);
+    let mut config = Builder::from(&shared)
+        .http_client(http)
+        .retry_config(RetryConfig::disabled())
+        .timeout_config(timeouts.build());
+    if let Some(endpoint) = endpoint {
+        config = config.endpoint_url(endpoint).force_path_style(true);
+    }
+    Client::from_conf(config.build())
+}
+
+/// An object that was deleted with all its versions, or not.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Destroyed {
+    pub object: String,
+    /// Versions and delete markers that were there.
+    pub versions: u32,
+    /// Why one of them is still there, such as an Object Lock; empty if all are gone.
+    pub left: String,
+}
+
+/// Every object below `prefix`, with the number of its versions.
+pub async fn find(
+    config: &BucketConfig,
+    store: &Arc<dyn ObjectStore>,
+    prefix: &str,
+) -> Result<Vec<Destroyed>, String> {
+    each(config, store, prefix, false).await
+}
+
+/// Deletes every version of every object below `prefix`.
+pub async fn destroy(
+    config: &BucketConfig,
+    store: &Arc<dyn ObjectStore>,
+    prefix: &str,
+) -> Result<Vec<Destroyed>, String> {
+    each(config, store, prefix, true).await
+}
+
+async fn each(
+    config: &BucketConfig,
+    store: &Arc<dyn ObjectStore>,
+    prefix: &str,
+    delete: bool,
+) -> Result<Vec<Destroyed>, String> {
+    let url = Url::parse(&config.url).map_err(|e| e.to_string())?;
+    match (url.scheme(), url.host_str(), &config.cloud_region) {
+        ("s3", Some(bucket), Some(declared)) => {
+            let client = client(declared, config.endpoint.as_deref()).await;
+            let root = url.path().trim_matches('/');
+            each_version(&client, bucket, root, prefix, delete).await
+        }
+        _ => each_file(store, prefix, delete).await,
+    }
+}
+
+/// In a directory an object is a file, which has no versions.
+async fn each_file(
+    store: &Arc<dyn ObjectStore>,
+    prefix: &str,
+    delete: bool,
+) -> Result<Vec<Destroyed>, String> {
+    let dir = Path::from(prefix);
+    let found: Vec<_> = store
+        .list(Some(&dir))
+        .try_collect()
+        .await
+        .map_err(|e| e.to_string())?;
+    let mut gone = Vec::new();
+    for object in found {
+        if delete {
+            let deleted = store.delete(&object.location).await;
+            deleted.map_err(|e| e.to_string())?;
+        }
+        gone.push(Destroyed {
+            object: object.location.to_string(),
+            versions: 1,
+            left: String::new(),
+        });
+    }
+    Ok(gone)
+}
+
+async fn each_version(
+    client: &Client,
+    bucket: &str,
+    root: &str,
+    prefix: &str,
+    delete: bool,
+) -> Result<Vec<Destroyed>, String> {
+    let root = match root.is_empty() {
+        true => String::new(),
+        false => format!("{root}/"),
+    };
+    let mut gone: BTreeMap<String, Destroyed> = BTreeMap::new();
+    let mut marker: Option<(String, Option<String>)> = None;
+    loop {
+        let (key, version) = marker.take().unzip();
+        let page = client
+            .list_object_versions()
+            .bucket(bucket)
+            .prefix(format!("{root}{}/", prefix.trim_end_matches('/')))
+            .set_key_marker(key)
+            .set_version_id_marker(version.flatten())
+            .send()
+            .await
+            .map_err(|e| format!("listing versions: {}", DisplayErrorContext(e)))?;
+        let versions = page.versions().iter().map(|v| (v.key(), v.version_id()));
+        let markers = page.delete_markers().iter();
+        let all = versions.chain(markers.map(|m| (m.key(), m.version_id())));
+        for (key, version) in all.filter_map(|(key, version)| Some((key?, version))) {
+            let object = key.strip_prefix(&root).unwrap_or(key).to_string();
+            let entry = gone.entry(object.clone()).or_insert(Destroyed {
+                object,
+                versions: 0,
+                left: String::new(),
+            });
+            entry.versions += 1;
+            if !delete {
+                continue;
+            }
+            let deleted = client
+                .delete_object()
+                .bucket(bucket)
+                .key(key)
+                .set_version_id(version.map(String::from))
+                .send()
+                .await;
+            if let Err(e) = deleted {
+                match e.as_service_error().and_then(|e| e.meta().code()) {
+                    // Object Lock, or a policy: it stays for as long as that says.
+                    Some(code) if code.contains("AccessDenied") || code.contains("Locked") => {
+                        entry.left = code.to_string();
+                    }
+                    _ => return Err(format!("deleting {key}: {}", DisplayErrorContext(e))),
+                }
+            }
+        }
+        let next = page.next_key_marker().map(String::from);
+        match (page.is_truncated(), next) {
+            (Some(true), Some(key)) => {
+                marker = Some((key, page.next_version_id_marker().map(String::from)));
+            }
+            _ => return Ok(gone.into_values().collect()),
+        }
+    }
+}

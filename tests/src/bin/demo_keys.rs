@@ -1,0 +1,330 @@
+//! Three tenants under load, two under keys of LocalStack's KMS, one under a keyfile: keys are
+//! disabled, scheduled for deletion, denied, not answered for, rotated and changed, and everything
+//! that was acknowledged is read back.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use daemon::config::AwsKms;
+use etcd_client::{Client, GetOptions};
+use hdrhistogram::Histogram;
+use holdfast_tests::kms::{Mode, Proxy, create_key, schedule_deletion, with_key};
+use holdfast_tests::region::Region;
+use holdfast_tests::servers::{self, CLOUD_REGION};
+use parking_lot::Mutex;
+
+const TENANTS: [&str; 3] = ["acme", "globex", "initech"];
+const WRITERS: usize = 4;
+const BOUND: Duration = Duration::from_secs(60);
+/// How long the load is measured at a time.
+const WINDOW: Duration = Duration::from_secs(8);
+
+/// A tenant's load: writers that each put the next number under keys of their own.
+struct Load {
+    stop: Arc<AtomicBool>,
+    /// Latencies in microseconds since last asked.
+    times: Arc<Mutex<Histogram<u64>>>,
+    tasks: Vec<tokio::task::JoinHandle<u64>>,
+}
+
+fn histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(1, 60_000_000, 3).expect("valid bounds")
+}
+
+impl Load {
+    async fn start(region: &Region, tenant: &str) -> Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let times = Arc::new(Mutex::new(histogram()));
+        let mut tasks = Vec::new();
+        for writer in 0..WRITERS {
+            let mut client = region.client(tenant).await?;
+            let (stop, times) = (stop.clone(), times.clone());
+            tasks.push(tokio::spawn(async move {
+                let mut acknowledged = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    let (key, value) = (format!("load/{writer}"), acknowledged + 1);
+                    let began = Instant::now();
+                    match client.put(key, value.to_string(), None).await {
+                        Ok(_) => {
+                            acknowledged = value;
+                            times
+                                .lock()
+                                .saturating_record(began.elapsed().as_micros() as u64);
+                        }
+                        Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+                    }
+                }
+                acknowledged
+            }));
+        }
+        Ok(Load { stop, times, tasks })
+    }
+
+    /// Puts a second and p99 in milliseconds over the next window.
+    fn begin(&self) {
+        self.times.lock().reset();
+    }
+
+    fn figures(&self, over: Duration) -> (f64, f64) {
+        let times = self.times.lock();
+        let rate = times.len() as f64 / over.as_secs_f64();
+        (rate, times.value_at_quantile(0.99) as f64 / 1000.0)
+    }
+
+    /// What each writer was acknowledged last.
+    async fn end(self) -> Result<Vec<u64>> {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut last = Vec::new();
+        for task in self.tasks {
+            last.push(task.await?);
+        }
+        Ok(last)
+    }
+}
+
+/// Measures the others' load over a window.
+async fn neighbours(loads: &[(usize, Load)], without: usize, what: &str) {
+    for (_, load) in loads {
+        load.begin();
+    }
+    let began = Instant::now();
+    tokio::time::sleep(WINDOW).await;
+    for (n, load) in loads.iter().filter(|(n, _)| *n != without) {
+        let (rate, p99) = load.figures(began.elapsed());
+        println!(
+            "    {:<8} {what:<22} {rate:6.0} puts/s, p99 {p99:6.1} ms",
+            TENANTS[*n]
+        );
+    }
+}
+
+/// Seconds until each node refuses the tenant (`reason`), or serves it (no reason).
+async fn until(clients: &mut [Client], reason: Option<&str>, within: Duration) -> Result<Vec<f64>> {
+    let began = Instant::now();
+    let mut took = vec![None; clients.len()];
+    while took.iter().any(Option::is_none) {
+        ensure!(began.elapsed() < within, "after {within:?}: {took:?}");
+        for (client, took) in clients.iter_mut().zip(&mut took) {
+            let options = GetOptions::new().with_serializable();
+            let said = client.get("load/0", Some(options)).await.err();
+            let said = said.map(|e| e.to_string());
+            let reached = match (reason, &said) {
+                (Some(reason), Some(said)) => said.contains("is sealed") && said.contains(reason),
+                (None, None) => true,
+                _ => false,
+            };
+            if reached && took.is_none() {
+                *took = Some(began.elapsed().as_secs_f64());
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Ok(took.into_iter().flatten().collect())
+}
+
+fn seconds(took: &[f64]) -> String {
+    let each: Vec<String> = took.iter().map(|s| format!("{s:.1} s")).collect();
+    each.join(", ")
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let all = Instant::now();
+    let step = |what: &str| println!("[{:6.1} s] {what}", all.elapsed().as_secs_f64());
+
+    step("starting LocalStack, a proxy before its KMS, and a region of three daemons");
+    let localstack = servers::localstack().await?;
+    let arns = [
+        create_key(&localstack.endpoint).await?,
+        create_key(&localstack.endpoint).await?,
+        create_key(&localstack.endpoint).await?,
+    ];
+    let proxy = Proxy::start(&localstack.endpoint).await?;
+    let mut region = Region::new()?;
+    region.configure(|_, config| {
+        config.kms.aws = Some(AwsKms {
+            cloud_region: CLOUD_REGION.into(),
+            endpoint: Some(proxy.endpoint.clone()),
+        });
+    })?;
+    region.environment = servers::credentials();
+    region.keyfile().add("initech")?;
+    region.start_all()?;
+    region.serving().await?;
+    let keys = [
+        arns[0].clone(),
+        arns[1].clone(),
+        "local:initech".to_string(),
+    ];
+    let mut clients = Vec::new();
+    let mut loads = Vec::new();
+    for (n, (name, key)) in TENANTS.iter().zip(&keys).enumerate() {
+        region
+            .create_tenant_with(name, "enhanced", 1_000, 60_000, key, "app")
+            .await?;
+        let mut at_nodes = Vec::new();
+        for node in 0..3 {
+            at_nodes.push(region.client_at(name, &[node]).await?);
+        }
+        clients.push(at_nodes);
+        loads.push((n, Load::start(&region, name).await?));
+    }
+    step("acme and globex are under keys of LocalStack, initech under a keyfile; all under load");
+    tokio::time::sleep(Duration::from_secs(3)).await;
+
+    step("a control without any revocation, then acme's key is disabled");
+    neighbours(&loads, 0, "control").await;
+    neighbours(&loads, 0, "before").await;
+    for (_, load) in &loads {
+        load.begin();
+    }
+    let began = Instant::now();
+    with_key(&localstack.endpoint, "DisableKey", &arns[0]).await?;
+    let took = until(&mut clients[0], Some("disabled"), BOUND).await?;
+    for (n, load) in &loads[1..] {
+        let (rate, p99) = load.figures(began.elapsed());
+        println!(
+            "    {:<8} {:<22} {rate:6.0} puts/s, p99 {p99:6.1} ms",
+            TENANTS[*n], "while it is sealed"
+        );
+    }
+    step(&format!(
+        "each node refuses acme after {} (at most 60)",
+        seconds(&took)
+    ));
+    neighbours(&loads, 0, "after").await;
+    with_key(&localstack.endpoint, "EnableKey", &arns[0]).await?;
+    let took = until(&mut clients[0], None, BOUND).await?;
+    step(&format!(
+        "enabled again: each node serves acme after {}",
+        seconds(&took)
+    ));
+    let (_, load) = loads.remove(0);
+    let last = load.end().await?;
+    for (writer, last) in last.iter().enumerate() {
+        let found = clients[0][0].get(format!("load/{writer}"), None).await?;
+        let found = found
+            .kvs()
+            .first()
+            .map(|kv| kv.value_str().map(str::parse::<u64>));
+        // One that was not acknowledged may have been done.
+        let found = found.transpose()?.transpose()?.unwrap_or(0);
+        ensure!(
+            found >= *last,
+            "writer {writer} was acknowledged {last}, found {found}"
+        );
+    }
+    step(&format!(
+        "every acknowledged write of acme is there: the last of each writer were {last:?}"
+    ));
+
+    schedule_deletion(&localstack.endpoint, &arns[0]).await?;
+    let took = until(&mut clients[0], Some("pending deletion"), BOUND).await?;
+    step(&format!(
+        "acme's key is pending deletion: refused after {}",
+        seconds(&took)
+    ));
+    with_key(&localstack.endpoint, "CancelKeyDeletion", &arns[0]).await?;
+    with_key(&localstack.endpoint, "EnableKey", &arns[0]).await?;
+    let took = until(&mut clients[0], None, BOUND).await?;
+    step(&format!(
+        "cancelled and enabled: served after {}",
+        seconds(&took)
+    ));
+
+    proxy.set(Mode::Deny(arns[0].clone()));
+    let took = until(&mut clients[0], Some("access denied"), BOUND).await?;
+    step(&format!(
+        "access to acme's key is denied: refused after {}",
+        seconds(&took)
+    ));
+    proxy.set(Mode::Pass);
+    let took = until(&mut clients[0], None, BOUND).await?;
+    step(&format!("allowed again: served after {}", seconds(&took)));
+
+    let (ok, said) = region
+        .holdfast(&["tenant", "set", "acme", "--key-grace", "30s"])
+        .await?;
+    ensure!(ok, "{said}");
+    localstack.pause();
+    let took = until(
+        &mut clients[0],
+        Some("could not be proven"),
+        Duration::from_secs(120),
+    )
+    .await?;
+    step(&format!(
+        "the KMS is stopped: acme, with a grace of 30 s, is sealed after {}",
+        seconds(&took)
+    ));
+    let stopped = Duration::from_secs(120).saturating_sub(Duration::from_secs_f64(
+        took.iter().copied().fold(0.0, f64::max),
+    ));
+    tokio::time::sleep(stopped).await;
+    let now = until(&mut clients[1], None, Duration::from_secs(2)).await?;
+    step(&format!(
+        "after two minutes without the KMS globex, with a grace of 10 min, is served by {} nodes",
+        now.len()
+    ));
+    localstack.resume();
+    let took = until(&mut clients[0], None, BOUND).await?;
+    step(&format!(
+        "the KMS goes on: acme is served after {}",
+        seconds(&took)
+    ));
+
+    for arguments in [
+        vec!["key", "rotate", "acme"],
+        vec!["key", "change", "acme", "--key", arns[2].as_str()],
+        vec!["residency", "acme"],
+    ] {
+        let began = Instant::now();
+        let (ok, said) = region.holdfast(&arguments).await?;
+        println!("$ holdfast {}\n{}", arguments.join(" "), said.trim_end());
+        ensure!(ok, "it failed");
+        step(&format!("took {:.1} s", began.elapsed().as_secs_f64()));
+    }
+    schedule_deletion(&localstack.endpoint, &arns[0]).await?;
+    clients[0][0].put("after", "the change", None).await?;
+    for n in 0..WRITERS {
+        ensure!(clients[0][1].get(format!("load/{n}"), None).await?.count() == 1);
+    }
+    step("acme's first key is scheduled for deletion, and everything is still read");
+    let (ok, said) = region.holdfast(&["events", "--tenant", "acme"]).await?;
+    ensure!(ok, "{said}");
+    println!("{said}");
+    for (_, load) in loads {
+        load.end().await?;
+    }
+    let (ok, certificate) = region
+        .holdfast(&["tenant", "delete", "acme", "--grace", "0s"])
+        .await?;
+    ensure!(ok, "{certificate}");
+    let file = region.dir.path().join("certificate.json");
+    std::fs::write(&file, &certificate)?;
+    let (file, ca) = (file.display().to_string(), region.dir.path().join("ca.pem"));
+    let ca = ca.display().to_string();
+    let (ok, said) = region
+        .holdfast(&["certificate", "verify", &file, "--ca", &ca])
+        .await?;
+    ensure!(ok, "{said}");
+    // The objects are many.
+    let drill = said.lines().filter(|l| {
+        [
+            "valid",
+            "\"drill\"",
+            "\"failed\"",
+            "\"left\": \"no",
+            "\"left\": \"a",
+        ]
+        .iter()
+        .any(|w| l.contains(w))
+    });
+    for line in drill {
+        println!("{line}");
+    }
+    step("acme is destroyed; its certificate verifies, and names why a restore failed: done");
+    Ok(())
+}

@@ -1,0 +1,318 @@
+//! A tenant is deleted: brought back within its grace, or destroyed with a certificate. And where a
+//! tenant's bytes lie, as the store says.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use daemon::signed::Signed;
+use daemon::tenant::deletion::Certificate;
+use holdfast_tests::region::{Region, files_below, tail};
+use holdfast_tests::servers::{self, CLOUD_REGION};
+use replication::archive::bucket::BucketConfig;
+
+async fn put(region: &Region, tenant: &str, value: &str) -> Result<()> {
+    region.client(tenant).await?.put("k", value, None).await?;
+    Ok(())
+}
+
+async fn get(region: &Region, tenant: &str) -> Result<String> {
+    let found = region.client(tenant).await?.get("k", None).await?;
+    Ok(found
+        .kvs()
+        .first()
+        .map(|kv| kv.value_str())
+        .transpose()?
+        .unwrap_or("")
+        .to_string())
+}
+
+/// Checks a certificate with the tool, and that a changed one is refused; answers its body.
+async fn checked(region: &Region, printed: &str) -> Result<Certificate> {
+    let signed: Signed = serde_json::from_str(printed)?;
+    let ca = region.dir.path().join("ca.pem").display().to_string();
+    let file = region.dir.path().join("certificate.json");
+    let name = file.display().to_string();
+    let arguments = ["certificate", "verify", &name, "--ca", &ca];
+    std::fs::write(&file, printed)?;
+    let (ok, said) = region.holdfast(&arguments).await?;
+    ensure!(
+        ok && said.contains("valid: signed by holdfast://eu/node/"),
+        "{said}"
+    );
+    let changed = Signed {
+        body: signed.body.replace("acme", "globex"),
+        format: signed.format,
+        certificate: signed.certificate.clone(),
+        signature: signed.signature.clone(),
+    };
+    std::fs::write(&file, serde_json::to_vec(&changed)?)?;
+    let (ok, said) = region.holdfast(&arguments).await?;
+    ensure!(!ok && said.contains("it was changed"), "{said}");
+    Ok(serde_json::from_str(&signed.body)?)
+}
+
+fn complete(certificate: &Certificate, generations: usize) -> Result<()> {
+    ensure!(
+        certificate.generations.len() == generations,
+        "{certificate:?}"
+    );
+    ensure!(
+        certificate.key_objects.len() == generations,
+        "{certificate:?}"
+    );
+    ensure!(certificate.nodes.len() == 3, "{certificate:?}");
+    ensure!(!certificate.data_objects.is_empty(), "{certificate:?}");
+    let failed = certificate
+        .drill
+        .as_ref()
+        .map(|d| (d.left.as_str(), d.failed.as_str()));
+    let (left, failed) = failed.unwrap_or_default();
+    ensure!(left.contains("links that authenticate"), "{left}");
+    ensure!(failed.contains("there is no wrapped key"), "{failed}");
+    Ok(())
+}
+
+/// Files whose path names the tenant, but for its certificate.
+fn left_of(region: &Region, id: &str) -> Vec<std::path::PathBuf> {
+    let all = files_below(region.dir.path()).into_iter();
+    all.filter(|f| {
+        let path = f.to_string_lossy();
+        path.contains(id) && !path.contains("certificates/")
+    })
+    .collect()
+}
+
+/// Deleted with a grace it is refused, through a restart too, and comes back whole; destroyed, no
+/// wrapped key and no object is left, a restore of the region does not bring it back, its neighbour
+/// is there, and its name can be used again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_tenant_comes_back_or_is_destroyed() -> Result<()> {
+    let mut region = Region::started().await?;
+    region
+        .create_tenant("acme", "enhanced", 200, 60_000)
+        .await?;
+    region
+        .create_tenant("globex", "enhanced", 200, 60_000)
+        .await?;
+    put(&region, "acme", "one").await?;
+    put(&region, "globex", "two").await?;
+    let mut client = region.client("acme").await?;
+    let (ok, said) = region.holdfast(&["tenant", "delete", "acme"]).await?;
+    ensure!(ok && said.contains("tenant undelete acme"), "{said}");
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let refused = client.get("k", None).await.err().map(|e| e.to_string());
+        if refused
+            .as_deref()
+            .unwrap_or_default()
+            .contains("it is deleted")
+        {
+            break;
+        }
+        ensure!(Instant::now() < deadline, "still served: {refused:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    region.kill_all();
+    region.start_all()?;
+    region.serving().await?;
+    ensure!(get(&region, "globex").await? == "two");
+    ensure!(client.get("k", None).await.is_err());
+    let (ok, said) = region.holdfast(&["tenant", "undelete", "acme"]).await?;
+    ensure!(ok, "{said}");
+    ensure!(get(&region, "acme").await? == "one");
+
+    let (ok, said) = region.holdfast(&["key", "rotate", "acme"]).await?;
+    ensure!(ok, "{said}");
+    put(&region, "acme", "three").await?;
+    region.archived("acme").await?;
+    let id = region.tenant(0, "acme").await?.id;
+    ensure!(!left_of(&region, &id).is_empty());
+    let (ok, printed) = region
+        .holdfast(&["tenant", "delete", "acme", "--grace", "0s"])
+        .await?;
+    ensure!(ok, "{printed}");
+    let certificate = checked(&region, &printed).await?;
+    complete(&certificate, 2)?;
+    let left = left_of(&region, &id);
+    ensure!(left.is_empty(), "{left:?}");
+    let (ok, said) = region.holdfast(&["tenant", "undelete", "acme"]).await?;
+    ensure!(!ok && said.contains("no tenant acme"), "{said}");
+    let (ok, said) = region.holdfast(&["certificate", "show", "acme"]).await?;
+    ensure!(ok && said == printed, "{said}");
+    ensure!(get(&region, "globex").await? == "two");
+    region.archived("globex").await?;
+
+    let (ok, table) = region.lose_and_restore().await?;
+    ensure!(
+        ok && table.contains("globex") && !table.contains("acme"),
+        "{table}"
+    );
+    ensure!(get(&region, "globex").await? == "two");
+    region
+        .create_tenant("acme", "enhanced", 200, 60_000)
+        .await?;
+    ensure!(get(&region, "acme").await?.is_empty());
+    Ok(())
+}
+
+/// The daemon killed at each step of a destruction: it goes on, and the certificate lists all.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destruction_goes_on_wherever_it_was_interrupted() -> Result<()> {
+    let mut region = Region::started().await?;
+    for moment in [
+        "destruction-begun",
+        "keys-destroyed",
+        "nodes-erased",
+        "destruction-drilled",
+        "data-destroyed",
+    ] {
+        region
+            .create_tenant("acme", "enhanced", 200, 60_000)
+            .await?;
+        put(&region, "acme", moment).await?;
+        region.archived("acme").await?;
+        let id = region.tenant(0, "acme").await?.id;
+        region.kill_all();
+        region.environment = vec![("HOLDFAST_TEST_KILL_AT".into(), moment.into())];
+        region.start_all()?;
+        region.serving().await?;
+        let asked = ["tenant", "delete", "acme", "--grace", "0s"];
+        let asking = region.holdfast(&asked);
+        let _ = tokio::time::timeout(Duration::from_secs(8), asking).await;
+        let ended = region.nodes.iter_mut().filter_map(|n| n.ended()).count();
+        ensure!(ended > 0, "nobody was killed at {moment}");
+        region.kill_all();
+        region.environment.clear();
+        region.start_all()?;
+        region.serving().await?;
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let printed = loop {
+            let (ok, said) = region.holdfast(&["certificate", "show", "acme"]).await?;
+            if ok && said.contains(&id) {
+                break said;
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "{moment}: {said}\n{}",
+                tail(&region.log(0))
+            );
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        };
+        complete(&checked(&region, &printed).await?, 1)?;
+        let left = left_of(&region, &id);
+        ensure!(left.is_empty(), "{moment}: {left:?}");
+        println!("killed at {moment} ({ended} nodes): destroyed after the restart");
+    }
+    Ok(())
+}
+
+async fn s3(endpoint: &str, method: &str, path: &str, body: &str) -> Result<String> {
+    let credential = format!(
+        "AWS4-HMAC-SHA256 Credential=test/20260101/{CLOUD_REGION}/s3/aws4_request, SignedHeaders=host, Signature=0"
+    );
+    let out = tokio::process::Command::new("curl")
+        .args(["-sS", "--max-time", "20", "-X", method])
+        .args(["-H", &format!("Authorization: {credential}")])
+        .args(["-H", "Content-Type: application/xml"])
+        .args(["-d", body, &format!("{endpoint}/{path}")])
+        .output()
+        .await?;
+    ensure!(
+        out.status.success(),
+        "{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+}
+
+/// In a bucket that keeps versions every version of every wrapped key goes. The store is asked where
+/// the bucket lies, and a declaration that is not so is refused (row 31).
+#[tokio::test(flavor = "multi_thread")]
+async fn versions_are_destroyed_and_the_store_is_asked_where_it_lies() -> Result<()> {
+    let localstack = servers::localstack().await?;
+    let endpoint = &localstack.endpoint;
+    servers::make_bucket(endpoint, "holdfast").await?;
+    let enable = "<VersioningConfiguration xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><Status>Enabled</Status></VersioningConfiguration>";
+    s3(endpoint, "PUT", "holdfast?versioning", enable).await?;
+    let enabled = s3(endpoint, "GET", "holdfast?versioning", "").await?;
+    ensure!(enabled.contains("Enabled"), "{enabled}");
+    let bucket = |cloud_region: &str| BucketConfig {
+        url: "s3://holdfast/eu".into(),
+        cloud_region: Some(cloud_region.into()),
+        endpoint: Some(endpoint.clone()),
+    };
+    let mut region = Region::with_bucket(tempfile::tempdir()?, bucket("eu-west-1"))?;
+    region.environment = servers::credentials();
+    region.start(0)?;
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while region.nodes[0].ended().is_none() {
+        ensure!(
+            Instant::now() < deadline,
+            "a false declaration is not refused"
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let log = region.log(0);
+    ensure!(
+        log.contains(CLOUD_REGION) && log.contains("eu-west-1"),
+        "{log}"
+    );
+    drop(region);
+
+    let mut region = Region::with_bucket(tempfile::tempdir()?, bucket(CLOUD_REGION))?;
+    region.keyfile().add("acme-2")?;
+    region.environment = servers::credentials();
+    region.start_all()?;
+    region.serving().await?;
+    region
+        .create_tenant("acme", "enhanced", 200, 60_000)
+        .await?;
+    put(&region, "acme", "one").await?;
+    let (ok, said) = region.holdfast(&["residency", "acme"]).await?;
+    ensure!(
+        ok && said.contains("GetBucketLocation") && said.contains(CLOUD_REGION),
+        "{said}"
+    );
+    let (ok, signed) = region.holdfast(&["residency", "acme", "--json"]).await?;
+    ensure!(ok, "{signed}");
+    let file = region.dir.path().join("residency.json");
+    std::fs::write(&file, &signed)?;
+    let (name, ca) = (file.display().to_string(), region.dir.path().join("ca.pem"));
+    let ca = ca.display().to_string();
+    let (ok, said) = region
+        .holdfast(&["certificate", "verify", &name, "--ca", &ca])
+        .await?;
+    ensure!(ok, "{said}");
+    // Each generation's object is written twice: a version under either KMS key.
+    let (ok, said) = region
+        .holdfast(&["key", "change", "acme", "--key", "local:acme-2"])
+        .await?;
+    ensure!(ok, "{said}");
+    let id = region.tenant(0, "acme").await?.id;
+    let versions = format!("holdfast?versions&prefix=eu/tenants/{id}/");
+    let before = s3(endpoint, "GET", &versions, "").await?;
+    ensure!(
+        before.matches("/keys/0000000001</Key>").count() == 2,
+        "{before}"
+    );
+    let (ok, printed) = region
+        .holdfast(&["tenant", "delete", "acme", "--grace", "0s"])
+        .await?;
+    ensure!(ok, "{printed}");
+    let certificate = checked(&region, &printed).await?;
+    complete(&certificate, 2)?;
+    ensure!(
+        certificate
+            .key_objects
+            .iter()
+            .map(|o| o.versions)
+            .sum::<u32>()
+            == 3
+    );
+    let after = s3(endpoint, "GET", &versions, "").await?;
+    ensure!(
+        after.contains("ListVersionsResult") && !after.contains("<Key>"),
+        "{after}"
+    );
+    Ok(())
+}
