@@ -212,7 +212,7 @@ fn standing(report: &KeyReport) -> String {
 
 /// From the first refusal that a node saw to the last node's sealing, if all are sealed.
 fn sealed_within(reports: &[KeyReport]) -> Option<u64> {
-    let sealed = |r: &KeyReport| !r.sealed.is_empty() && r.refused_ms > 0;
+    let sealed = |r: &KeyReport| !r.sealed.is_empty() && r.refused_ms > r.resumed_ms;
     if reports.is_empty() || !reports.iter().all(sealed) {
         return None;
     }

@@ -183,7 +183,8 @@ impl Keeper {
     fn figures(&self, why: &str) -> String {
         let report = self.tenant.key.report("", None);
         let refused = match report.refused_ms {
-            0 => String::new(),
+            // Of a seal before this one.
+            at if at <= report.resumed_ms => String::new(),
             at => format!(
                 "{} ms after the KMS first refused here, ",
                 now_ms().saturating_sub(at)

@@ -102,7 +102,7 @@ pub async fn wrapped(parts: &Parts, record: &TenantRecord) -> Result<TenantKeys,
 pub fn reason(e: &WrappedKeyError) -> String {
     match e {
         WrappedKeyError::Kms(KmsError::Refused { refusal, hint, .. }) => {
-            format!("its KMS key is {refusal}. {hint}")
+            format!("its KMS says of its key: {refusal}. {hint}")
         }
         WrappedKeyError::Kms(KmsError::Unreachable { .. }) => "its KMS does not answer".into(),
         WrappedKeyError::Kms(KmsError::WrongCiphertext { .. }) => {

@@ -1,7 +1,8 @@
 //! The region's bucket: where its objects lie, and how it is opened.
 //!
 //! `bootstrap.json` | `tenants/<id>/keys/<generation>` | `tenants/<id>/<incarnation>/chain/<n>` |
-//! `tenants/<id>/<incarnation>/checkpoints/<n>-<writer>` | `tenants/<id>/files/<hash>`
+//! `tenants/<id>/<incarnation>/checkpoints/<n>-<writer>` | `tenants/<id>/files/<hash>` |
+//! `certificates/<id>.json`
 
 use std::sync::Arc;
 use std::time::Duration;
