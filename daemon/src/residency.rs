@@ -45,6 +45,8 @@ pub struct BucketPlace {
     pub told: Option<String>,
     /// When it was asked, milliseconds since 1970; 0: it has not answered yet.
     pub at_ms: u64,
+    /// Why that is not where it must be; empty if it is.
+    pub problem: String,
 }
 
 impl Node {
@@ -59,21 +61,23 @@ impl Node {
                 return Ok(());
             }
         };
-        if let Some(told) = &told {
-            region.admits(&format!("bucket {}", bucket.url), told)?;
-            if Some(told) != bucket.cloud_region.as_ref() {
-                return Err(format!(
-                    "bucket {} lies in {told}, and node.toml declares cloud_region {}: put that right",
-                    bucket.url,
-                    bucket.cloud_region.as_deref().unwrap_or("none")
-                ));
+        let checked = match &told {
+            None => Ok(()),
+            Some(told) if Some(told) == bucket.cloud_region.as_ref() => {
+                region.admits(&format!("bucket {}", bucket.url), told)
             }
-        }
+            Some(told) => Err(format!(
+                "bucket {} lies in {told}, and node.toml declares cloud_region {}: put that right",
+                bucket.url,
+                bucket.cloud_region.as_deref().unwrap_or("none")
+            )),
+        };
         *self.bucket_place.write() = BucketPlace {
             told,
             at_ms: now_ms(),
+            problem: checked.clone().err().unwrap_or_default(),
         };
-        Ok(())
+        checked
     }
 
     /// Where everything of a tenant lies.
@@ -133,7 +137,7 @@ impl Node {
                 "node.toml: where its disk lies is the operator's word".to_string(),
                 String::new(),
             ),
-            (Some(_), Some(told)) => (told, "GetBucketLocation".into(), String::new()),
+            (Some(_), Some(told)) => (told, "GetBucketLocation".into(), asked.problem),
             (Some(declared), None) if asked.at_ms > 0 => (
                 declared.clone(),
                 "node.toml; the store does not tell where a bucket lies".into(),
@@ -162,6 +166,18 @@ impl Node {
     }
 
     async fn keys(&self, record: &TenantRecord, places: &mut Vec<Place>) {
+        for (node, report) in self.key_reports(record).await {
+            for (generation, key) in report.copies {
+                places.push(Place {
+                    what: "wrapped key".into(),
+                    name: format!("generation {generation} under {key}"),
+                    place: format!("{}, node {}", self.config.region, node.name),
+                    checked: "the node's answer".into(),
+                    at_ms: now_ms(),
+                    problem: String::new(),
+                });
+            }
+        }
         let providers = &self.parts.providers;
         let found = providers
             .check_jurisdiction(&record.key, self.config.region)

@@ -1,12 +1,13 @@
 //! Signed statements of a node: reports and certificates that are checked offline, with the region's
 //! authority alone.
 //!
-//! `{format, body, certificate, signature}`, JSON: the body is a JSON text, signed as it stands with
+//! `{format, kind, body, certificate, signature}`, JSON: the body is a JSON text, signed as it stands with
 //! the key of the node's certificate (ECDSA P-256, SHA-256) behind the label below.
 
 use std::path::Path;
 use std::time::Duration;
 
+use base64::Engine as _;
 use replication::network::Identity;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
@@ -18,10 +19,19 @@ use crate::config::TlsFiles;
 const FORMAT: u32 = 1;
 const LABEL: &[u8] = b"holdfast/v1/signed\0";
 
+/// What a statement is. It is part of what is signed: one kind cannot stand in for another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    Residency,
+    Destruction,
+}
+
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Signed {
     pub format: u32,
+    pub kind: Kind,
     /// JSON text.
     pub body: String,
     /// The node's certificate, PEM.
@@ -37,22 +47,33 @@ struct Stated {
     at_ms: u64,
 }
 
-fn message(body: &str) -> Vec<u8> {
-    [LABEL, body.as_bytes()].concat()
+fn message(kind: Kind, body: &str) -> Vec<u8> {
+    let kind = match kind {
+        Kind::Residency => b"residency\0".as_slice(),
+        Kind::Destruction => b"destruction\0",
+    };
+    [LABEL, kind, body.as_bytes()].concat()
 }
 
 /// Signs `body`, which must have a field `at_ms`, with this node's key.
-pub fn sign<T: Serialize>(files: &TlsFiles, body: &T) -> Result<Signed, String> {
+pub fn sign<T: Serialize>(files: &TlsFiles, kind: Kind, body: &T) -> Result<Signed, String> {
     let at = |path: &Path, e: &dyn std::fmt::Display| format!("{}: {e}", path.display());
     let body = serde_json::to_string(body).map_err(|e| e.to_string())?;
     let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|e| at(&files.key, &e))?;
     let key = any_ecdsa_type(&key).map_err(|e| at(&files.key, &e))?;
     let signer = key.choose_scheme(&[SignatureScheme::ECDSA_NISTP256_SHA256]);
     let signer = signer.ok_or_else(|| at(&files.key, &"it is not an ECDSA P-256 key"))?;
-    let signature = signer.sign(&message(&body)).map_err(|e| e.to_string())?;
-    let certificate = std::fs::read_to_string(&files.cert).map_err(|e| at(&files.cert, &e))?;
+    let signature = signer
+        .sign(&message(kind, &body))
+        .map_err(|e| e.to_string())?;
+    // Nothing else that the file may hold.
+    let certificate =
+        CertificateDer::from_pem_file(&files.cert).map_err(|e| at(&files.cert, &e))?;
+    let base64 = base64::engine::general_purpose::STANDARD.encode(&certificate);
+    let certificate = format!("-----BEGIN CERTIFICATE-----\n{base64}\n-----END CERTIFICATE-----\n");
     Ok(Signed {
         format: FORMAT,
+        kind,
         body,
         certificate,
         signature: hex::encode(signature),
@@ -89,11 +110,14 @@ pub fn verify(signed: &Signed, ca: &CertificateDer<'_>) -> Result<Identity, Stri
     let signature = hex::decode(&signed.signature).map_err(|e| format!("its signature: {e}"))?;
     leaf.verify_signature(
         webpki::ring::ECDSA_P256_SHA256,
-        &message(&signed.body),
+        &message(signed.kind, &signed.body),
         &signature,
     )
     .map_err(|_| "its signature is not that of its certificate: it was changed".to_string())?;
-    Identity::of(&certificate).map_err(|e| e.to_string())
+    match Identity::of(&certificate).map_err(|e| e.to_string())? {
+        node @ Identity::Node { .. } => Ok(node),
+        Identity::Operator { .. } => Err("it is signed by an operator, not by a node".into()),
+    }
 }
 
 #[cfg(test)]
@@ -130,11 +154,14 @@ mod tests {
             at_ms,
             said: "here",
         };
-        let mut signed = sign(&files, &body).unwrap();
+        let mut signed = sign(&files, Kind::Residency, &body).unwrap();
         let ca = |name: &str| CertificateDer::from_pem_file(file(name)).unwrap();
         let by = verify(&signed, &ca("ca")).unwrap();
         assert_eq!(by.uri(), "holdfast://eu/node/a/node1");
         assert!(verify(&signed, &ca("other")).is_err());
+        signed.kind = Kind::Destruction;
+        assert!(verify(&signed, &ca("ca")).is_err());
+        signed.kind = Kind::Residency;
         let whole = signed.body.clone();
         signed.body = whole.replace("here", "there");
         assert!(verify(&signed, &ca("ca")).unwrap_err().contains("changed"));

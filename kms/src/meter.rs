@@ -21,6 +21,8 @@ pub struct Meter {
 
 struct State {
     next: Instant,
+    /// Nobody is asked before.
+    paused_until: Instant,
     /// The pause after the next failure.
     pause: Duration,
 }
@@ -32,6 +34,7 @@ impl Meter {
             interval: Duration::from_secs_f64(1.0 / rate),
             state: Mutex::new(State {
                 next: Instant::now(),
+                paused_until: Instant::now(),
                 pause: FIRST_PAUSE,
             }),
             calls: AtomicU64::new(0),
@@ -42,7 +45,7 @@ impl Meter {
     pub async fn turn(&self) {
         let at = {
             let mut state = self.state.lock();
-            let at = state.next.max(Instant::now());
+            let at = state.next.max(state.paused_until).max(Instant::now());
             state.next = at + self.interval;
             at
         };
@@ -52,8 +55,9 @@ impl Meter {
 
     /// How long a call would wait for its turn.
     pub fn queue(&self) -> Duration {
-        let next = self.state.lock().next;
-        next.saturating_duration_since(Instant::now())
+        let state = self.state.lock();
+        let at = state.next.max(state.paused_until);
+        at.saturating_duration_since(Instant::now())
     }
 
     /// Notes whether a call was answered.
@@ -63,10 +67,10 @@ impl Meter {
             state.pause = FIRST_PAUSE;
             return;
         }
-        let until = Instant::now() + state.pause;
+        let now = Instant::now();
         // Calls that failed together are one failure.
-        if until > state.next {
-            state.next = until;
+        if now >= state.paused_until {
+            state.paused_until = now + state.pause;
             state.pause = (state.pause * 2).min(LONGEST_PAUSE);
         }
     }
@@ -88,20 +92,20 @@ mod tests {
             meter.turn().await;
         }
         assert!(start.elapsed() >= Duration::from_millis(100));
+        // Two that fail together are one failure.
+        let failed = Instant::now();
         meter.answered(false);
         meter.answered(false);
-        assert!(meter.queue() <= FIRST_PAUSE);
-        let start = Instant::now();
         meter.turn().await;
-        assert!(start.elapsed() >= FIRST_PAUSE - Duration::from_millis(20));
+        assert!(failed.elapsed() >= FIRST_PAUSE);
         // The second pause is longer; an answer ends that.
+        let failed = Instant::now();
         meter.answered(false);
-        assert!(meter.queue() > FIRST_PAUSE);
         meter.turn().await;
+        assert!(failed.elapsed() >= FIRST_PAUSE * 2);
         meter.answered(true);
-        meter.turn().await;
         meter.answered(false);
         assert!(meter.queue() <= FIRST_PAUSE);
-        assert_eq!(meter.calls(), 14);
+        assert_eq!(meter.calls(), 13);
     }
 }

@@ -6,12 +6,14 @@
 //! node's copy lets a replica start while the bucket is away. Wrapping a generation anew under
 //! another KMS key replaces the object; a copy under the old key is taken for stale.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures::TryStreamExt;
 use object_store::path::Path as ObjectPath;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, UpdateVersion};
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use zeroize::Zeroizing;
@@ -246,6 +248,9 @@ impl WrappedKey {
 pub struct WrappedKeyStore {
     bucket: Arc<dyn ObjectStore>,
     dir: PathBuf,
+    /// Tenants that are destroyed: no copy of theirs is kept any more. With the names of those that
+    /// were.
+    shredded: Arc<Mutex<HashMap<TenantId, Vec<String>>>>,
 }
 
 impl WrappedKeyStore {
@@ -253,6 +258,7 @@ impl WrappedKeyStore {
         WrappedKeyStore {
             bucket,
             dir: dir.into(),
+            shredded: Arc::default(),
         }
     }
 
@@ -376,12 +382,20 @@ impl WrappedKeyStore {
         }
     }
 
-    /// Destroys this node's copies of a tenant's wrapped keys; answers their names.
+    /// Whether a tenant's copies were destroyed here.
+    pub fn is_shredded(&self, tenant: TenantId) -> bool {
+        self.shredded.lock().contains_key(&tenant)
+    }
+
+    /// Destroys this node's copies of a tenant's wrapped keys, and keeps none from here on; answers
+    /// the names of those that were destroyed since the process began.
     pub fn shred(&self, tenant: TenantId) -> std::io::Result<Vec<String>> {
-        let mut gone = Vec::new();
+        // Under the lock, which `keep` takes too.
+        let mut shredded = self.shredded.lock();
+        let gone = shredded.entry(tenant).or_default();
         let listed = match std::fs::read_dir(&self.dir) {
             Ok(listed) => listed,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(gone),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(gone.clone()),
             Err(e) => return Err(e),
         };
         for entry in listed {
@@ -398,12 +412,16 @@ impl WrappedKeyStore {
             }
         }
         std::fs::File::open(&self.dir)?.sync_all()?;
-        Ok(gone)
+        Ok(gone.clone())
     }
 
     /// Keeps a generation on this node, which is known to open, in the place of an older copy.
     pub fn keep(&self, key: &WrappedKey) -> Result<(), WrappedKeyError> {
         let file = self.file(key.tenant, key.generation);
+        let shredded = self.shredded.lock();
+        if shredded.contains_key(&key.tenant) {
+            return Err(WrappedKeyError::Missing(file_name(&file)));
+        }
         std::fs::create_dir_all(&self.dir)
             .and_then(|()| write_private(&file, &to_json(key)))
             .map_err(|e| file_error(&file, &e))

@@ -42,6 +42,7 @@ async fn checked(region: &Region, printed: &str) -> Result<Certificate> {
     let changed = Signed {
         body: signed.body.replace("acme", "globex"),
         format: signed.format,
+        kind: signed.kind,
         certificate: signed.certificate.clone(),
         signature: signed.signature.clone(),
     };

@@ -27,8 +27,9 @@ impl AdminService {
         let grace = request.grace_s.unwrap_or(limits::DELETION_GRACE.as_secs());
         let mut found = self.record(&request.name).await?;
         if found.record.deletion.is_some() {
+            let why = found.record.deleted().unwrap_or_default();
             return Err(Status::failed_precondition(format!(
-                "tenant {} is deleted already; 'holdfast tenant undelete' brings it back within its grace",
+                "tenant {}: {why}",
                 request.name
             )));
         }
@@ -77,7 +78,7 @@ impl AdminService {
             }
             Some(deletion) if deletion.destroying => {
                 return Err(Status::failed_precondition(format!(
-                    "tenant {name} is past bringing back: its keys are destroyed"
+                    "tenant {name} is past bringing back: its keys are being destroyed"
                 )));
             }
             Some(_) => found.record.deletion = None,

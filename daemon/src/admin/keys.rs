@@ -14,7 +14,7 @@ use crate::proto::admin::{
     Event, EventList, KeyReport as KeyReportMessage, SetTenantRequest, Statement,
     Tenant as TenantMessage,
 };
-use crate::signed;
+use crate::signed::{self, Kind};
 use crate::tenant::key::KeyReport;
 
 /// A task whose end is not seen within this goes on in the background.
@@ -172,7 +172,8 @@ impl AdminService {
     pub(super) async fn residency_of(&self, name: &str) -> Result<Statement, Status> {
         let found = self.record(name).await?;
         let report = self.0.residency(&found.record).await;
-        let signed = signed::sign(&self.0.config.tls, &report).map_err(Status::internal)?;
+        let signed =
+            signed::sign(&self.0.config.tls, Kind::Residency, &report).map_err(Status::internal)?;
         let json = serde_json::to_string_pretty(&signed);
         let json = json.map_err(|e| Status::internal(e.to_string()))?;
         Ok(Statement { json })

@@ -166,7 +166,7 @@ impl Run {
         mut tenants: Vec<Found<TenantRecord>>,
     ) -> Result<(), String> {
         // Nothing is left of one that is being destroyed, nor should it be brought back.
-        tenants.retain(|t| !t.record.is_destroying());
+        tenants.retain(|t| !t.record.is_destroying() && !t.record.is_due());
         tenants.sort_by_key(|t| (t.record.tier, t.record.rto_ms));
         let links = directory.links().map_err(|e| e.to_string())?;
         let links: Vec<LinkRecord> = links.into_iter().map(|found| found.record).collect();
@@ -275,6 +275,12 @@ impl Run {
             record.incarnation = group.id().incarnation;
             record.formed = true;
             if let Err(why) = self.record(directory, &record, found.modified).await {
+                let tenants = directory.tenants().unwrap_or_default();
+                let known = tenants.iter().find(|t| t.record.id == record.id);
+                if known.is_some_and(|t| t.record.incarnation >= record.incarnation) {
+                    // It was not heard that it was, or another restore was faster.
+                    return Err(why);
+                }
                 // Nobody would look after its keys.
                 group.seal("it was not restored here").await;
                 self.node.parts.groups.remove(group.id());

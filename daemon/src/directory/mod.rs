@@ -92,21 +92,32 @@ impl Directory {
         let value = serde_json::to_vec(record)
             .map_err(|e| DirectoryError::Malformed(key.clone(), e.to_string()))?;
         let bytes = Bytes::from(key.clone().into_bytes());
+        let put = RequestOp {
+            request: Some(Request::RequestPut(PutRequest {
+                key: bytes,
+                value: value.into(),
+                ..PutRequest::default()
+            })),
+        };
+        self.change(key, modified, vec![put]).await
+    }
+
+    /// Makes `changes` if the record under `key` still stands at `modified`.
+    async fn change(
+        &self,
+        key: String,
+        modified: i64,
+        changes: Vec<RequestOp>,
+    ) -> Result<(), DirectoryError> {
         let txn = TxnRequest {
             compare: vec![Compare {
                 result: CompareResult::Equal as i32,
                 target: CompareTarget::Mod as i32,
-                key: bytes.clone(),
+                key: Bytes::from(key.clone().into_bytes()),
                 target_union: Some(TargetUnion::ModRevision(modified)),
                 ..Compare::default()
             }],
-            success: vec![RequestOp {
-                request: Some(Request::RequestPut(PutRequest {
-                    key: bytes,
-                    value: value.into(),
-                    ..PutRequest::default()
-                })),
-            }],
+            success: changes,
             failure: vec![],
         };
         let command = Command {
@@ -132,37 +143,37 @@ impl Directory {
         self.list("/links/")
     }
 
-    /// Takes a destroyed tenant's records away and notes where its certificate lies.
+    /// Takes a destroyed tenant's records away and notes where its certificate lies, if its record
+    /// still stands at `modified`: another may have used the name since.
     pub async fn remove_tenant(
         &self,
         record: &TenantRecord,
+        modified: i64,
         deleted: &DeletedRecord,
     ) -> Result<(), DirectoryError> {
-        let remove = |key: String| Command {
-            op: Some(Op::DeleteRange(DeleteRangeRequest {
+        let remove = |key: String| RequestOp {
+            request: Some(Request::RequestDeleteRange(DeleteRangeRequest {
                 key: key.into(),
                 ..DeleteRangeRequest::default()
             })),
-            ..Command::default()
         };
         let key = format!("/deleted/{}-{}", deleted.name, deleted.id);
         let value = serde_json::to_vec(deleted)
             .map_err(|e| DirectoryError::Malformed(key.clone(), e.to_string()))?;
-        let note = Command {
-            op: Some(Op::Put(PutRequest {
+        let note = RequestOp {
+            request: Some(Request::RequestPut(PutRequest {
                 key: key.into(),
                 value: value.into(),
                 ..PutRequest::default()
             })),
-            ..Command::default()
         };
-        let commands = vec![
-            remove(format!("/tenants/{}", record.name)),
+        let tenant = format!("/tenants/{}", record.name);
+        let changes = vec![
+            remove(tenant.clone()),
             remove(format!("/links/{}", record.id)),
             note,
         ];
-        self.group.propose(commands).await?;
-        Ok(())
+        self.change(tenant, modified, changes).await
     }
 
     /// Tenants that were destroyed.

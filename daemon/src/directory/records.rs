@@ -7,6 +7,7 @@ use replication::GroupId;
 use serde::{Deserialize, Serialize};
 
 use crate::limits::DEFAULT_GRACE;
+use crate::tenant::key::now_ms;
 
 /// A node: its name is its certificate's, its id its data directory's.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -153,12 +154,18 @@ impl TenantRecord {
     pub fn deleted(&self) -> Option<String> {
         let deletion = self.deletion.as_ref()?;
         Some(match deletion.destroying {
-            true => "it was deleted, and its keys are destroyed".into(),
+            true => "it was deleted, and its keys are being destroyed".into(),
             false => format!(
                 "it is deleted; 'holdfast tenant undelete {}' brings it back until its grace ends, {} ms after 1970",
                 self.name, deletion.due_ms
             ),
         })
+    }
+
+    /// Whether the grace of its deletion has passed.
+    pub fn is_due(&self) -> bool {
+        let due = self.deletion.as_ref().map(|d| d.due_ms);
+        due.is_some_and(|due| now_ms() >= due)
     }
 
     pub fn is_destroying(&self) -> bool {

@@ -12,20 +12,25 @@ use std::time::Duration;
 
 use kms::{KeyUri, Region, TenantId, WrappedKey, WrappedKeyError};
 use object_store::path::Path;
-use object_store::{ObjectStoreExt, PutPayload};
+use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 use replication::archive::chain::Chain;
 use replication::archive::s3::{self, Destroyed};
-use replication::restore::plan;
+use replication::restore::{RestoreError, plan};
 use serde::{Deserialize, Serialize};
 
 use super::key::now_ms;
 use crate::directory::records::{DeletedRecord, EventKind, TenantRecord};
 use crate::failpoint::failpoint;
 use crate::node::{Node, Question};
-use crate::signed;
+use crate::signed::{self, Kind};
 
 const LOOK: Duration = Duration::from_secs(1);
 const FORMAT: u32 = 1;
+
+#[derive(Serialize)]
+struct Stated {
+    at_ms: u64,
+}
 
 /// A key generation that was destroyed.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -80,7 +85,7 @@ pub struct Certificate {
     pub note: String,
 }
 
-const NOTE: &str = "Ciphertext under the destroyed keys can remain: in objects that are listed with what keeps them, in node logs until their files are reused, in blocks of disks. Nothing opens it. Copies of wrapped keys that someone else made of the bucket or of a disk before are not covered: for those, delete the KMS key.";
+const NOTE: &str = "Ciphertext under the destroyed keys can remain: in objects that are listed with what keeps them, in node logs until their files are reused, in blocks of disks. Nothing opens it. Copies of wrapped keys elsewhere are not covered, such as a backup of the bucket, or the old disk of a node that was replaced: for those, delete the KMS key.";
 
 /// Where a tenant's certificate, and its draft, lie in the bucket.
 pub fn certificate_path(id: TenantId) -> Path {
@@ -102,20 +107,30 @@ pub async fn keep(node: Arc<Node>) {
         let Ok(tenants) = directory.tenants() else {
             continue;
         };
+        // A restore opens what the directory named when it began.
+        if node.restoring.try_lock().is_err() {
+            continue;
+        }
         for found in tenants {
-            let due = found.record.deletion.as_ref().map(|d| d.due_ms);
-            if due.is_none_or(|due| now_ms() < due) {
+            if !found.record.is_due() {
                 continue;
             }
             let mut record = found.record;
             let done = async {
-                if !record.is_destroying() {
-                    let deletion = record.deletion.as_mut();
-                    deletion.ok_or("it is not deleted")?.destroying = true;
-                    let put = directory.put_tenant(&record, found.modified).await;
-                    put.map_err(text)?;
+                if record.is_destroying() {
+                    return destroy(&node, &record, found.modified).await;
                 }
-                destroy(&node, &record).await
+                // What must work at the end is tried before there is no way back.
+                signed::sign(
+                    &node.config.tls,
+                    Kind::Destruction,
+                    &Stated { at_ms: now_ms() },
+                )?;
+                let deletion = record.deletion.as_mut();
+                deletion.ok_or("it is not deleted")?.destroying = true;
+                let put = directory.put_tenant(&record, found.modified).await;
+                // It is gone on with at the next look.
+                put.map_err(text)
             };
             if let Err(why) = done.await
                 && why != told
@@ -131,8 +146,22 @@ fn text(e: impl std::fmt::Display) -> String {
     e.to_string()
 }
 
-async fn destroy(node: &Arc<Node>, record: &TenantRecord) -> Result<(), String> {
+/// That this node leads the directory, now, and that the record stands: one who led before it must
+/// not go on beside it.
+async fn stands(node: &Node, record: &TenantRecord, modified: i64) -> Result<(), String> {
+    let directory = node.directory().ok_or("the directory is not open")?;
+    directory.group().read_barrier().await.map_err(text)?;
+    let tenants = directory.tenants().map_err(text)?;
+    let known = tenants.iter().find(|t| t.record.id == record.id);
+    match directory.group().is_leader() && known.is_some_and(|t| t.modified == modified) {
+        true => Ok(()),
+        false => Err("another node goes on with it".into()),
+    }
+}
+
+async fn destroy(node: &Arc<Node>, record: &TenantRecord, modified: i64) -> Result<(), String> {
     failpoint("destruction-begun");
+    stands(node, record, modified).await?;
     let (bucket, config) = (&node.parts.bucket, &node.config.bucket);
     let mut draft = draft(node, record).await?;
     let keys = format!("tenants/{}/keys", record.id);
@@ -149,14 +178,9 @@ async fn destroy(node: &Arc<Node>, record: &TenantRecord) -> Result<(), String> 
         ));
     }
     failpoint("keys-destroyed");
-    for name in &record.placement {
-        if draft.nodes.iter().any(|e| e.node == *name) {
-            continue;
-        }
-        let erased = erase_on(node, record, name).await?;
-        draft.nodes.push(erased);
-        save(node, &draft).await?;
-    }
+    stands(node, record, modified).await?;
+    erase_everywhere(node, record, &mut draft).await?;
+    save(node, &draft).await?;
     failpoint("nodes-erased");
     if draft.drill.is_none() {
         draft.drill = Some(drill(node, record).await?);
@@ -177,14 +201,26 @@ async fn destroy(node: &Arc<Node>, record: &TenantRecord) -> Result<(), String> 
         }
     }
     failpoint("data-destroyed");
+    // Again, now that nothing can have been on its way for long: what a task that was held up has
+    // written since.
+    let late = s3::destroy(config, bucket, &data).await?;
+    if late.iter().any(|o| o.object.starts_with(&keys)) {
+        return Err("a wrapped key was written late: all is looked at again".into());
+    }
+    erase_everywhere(node, record, &mut draft).await?;
+    stands(node, record, modified).await?;
     draft.at_ms = now_ms();
-    let signed = signed::sign(&node.config.tls, &draft)?;
+    let signed = signed::sign(&node.config.tls, Kind::Destruction, &draft)?;
     let bytes = serde_json::to_vec_pretty(&signed).map_err(text)?;
     let path = certificate_path(record.id);
-    bucket
-        .put(&path, PutPayload::from(bytes))
-        .await
-        .map_err(text)?;
+    let put = bucket
+        .put_opts(&path, PutPayload::from(bytes), PutMode::Create.into())
+        .await;
+    match put {
+        // A try before was cut short behind it.
+        Ok(_) | Err(object_store::Error::AlreadyExists { .. }) => {}
+        Err(e) => return Err(text(e)),
+    }
     let deleted = DeletedRecord {
         name: record.name.clone(),
         id: record.id,
@@ -193,7 +229,7 @@ async fn destroy(node: &Arc<Node>, record: &TenantRecord) -> Result<(), String> 
     };
     let directory = node.directory().ok_or("the directory is not open")?;
     directory
-        .remove_tenant(record, &deleted)
+        .remove_tenant(record, modified, &deleted)
         .await
         .map_err(text)?;
     let _ = bucket.delete(&draft_path(record.id)).await;
@@ -202,22 +238,37 @@ async fn destroy(node: &Arc<Node>, record: &TenantRecord) -> Result<(), String> 
     Ok(())
 }
 
-/// The draft that a try before left, or a new one that lists what is there.
+/// The draft that a try before left, or a new one that lists what is there. It is authenticated with
+/// the archive key: what is signed at the end must be ours.
 async fn draft(node: &Node, record: &TenantRecord) -> Result<Certificate, String> {
     let bucket = &node.parts.bucket;
     match bucket.get(&draft_path(record.id)).await {
         Ok(found) => {
             let bytes = found.bytes().await.map_err(text)?;
-            return serde_json::from_slice(&bytes).map_err(text);
+            let key = node.archive_key().ok_or("the archive key is not known")?;
+            let refused = || format!("object {} is not ours", draft_path(record.id));
+            let (json, tag) = bytes.split_last_chunk::<32>().ok_or_else(refused)?;
+            if blake3::keyed_hash(key.expose(), json) != blake3::Hash::from(*tag) {
+                return Err(refused());
+            }
+            let draft: Certificate = serde_json::from_slice(json).map_err(text)?;
+            return match draft.id == record.id {
+                true => Ok(draft),
+                false => Err(refused()),
+            };
         }
         Err(object_store::Error::NotFound { .. }) => {}
         Err(e) => return Err(text(e)),
     }
-    let generations = match node.parts.keys.fetch_all(record.id).await {
-        Ok(found) => found,
-        Err(WrappedKeyError::Missing(_)) => Vec::new(),
-        Err(e) => return Err(text(e)),
-    };
+    let mut generations = Vec::new();
+    for generation in record.needed() {
+        match node.parts.keys.fetch(record.id, generation).await {
+            Ok(found) => generations.push(found),
+            // A damaged one is destroyed as well.
+            Err(WrappedKeyError::Missing(_) | WrappedKeyError::Invalid { .. }) => {}
+            Err(e) => return Err(text(e)),
+        }
+    }
     let generation = |key: WrappedKey| Generation {
         generation: key.generation,
         fingerprint: key.fingerprint,
@@ -243,25 +294,49 @@ async fn draft(node: &Node, record: &TenantRecord) -> Result<Certificate, String
 }
 
 async fn save(node: &Node, draft: &Certificate) -> Result<(), String> {
-    let bytes = serde_json::to_vec(draft).map_err(text)?;
+    let key = node.archive_key().ok_or("the archive key is not known")?;
+    let mut bytes = serde_json::to_vec(draft).map_err(text)?;
+    let tag = blake3::keyed_hash(key.expose(), &bytes);
+    bytes.extend_from_slice(tag.as_bytes());
     let path = draft_path(draft.id);
     let put = node.parts.bucket.put(&path, bytes.into()).await;
     put.map(drop).map_err(text)
 }
 
-async fn erase_on(node: &Arc<Node>, record: &TenantRecord, name: &str) -> Result<Erased, String> {
-    if *name == node.config.name {
-        return node.erase(record.id).await;
+/// Has every node of the region destroy what it holds: a copy can be where the tenant was once, or
+/// where it was made.
+async fn erase_everywhere(
+    node: &Arc<Node>,
+    record: &TenantRecord,
+    draft: &mut Certificate,
+) -> Result<(), String> {
+    let directory = node.directory().ok_or("the directory is not open")?;
+    for other in directory.nodes().map_err(text)? {
+        let (id, name) = (other.record.id, other.record.name);
+        let erased = if id == node.id {
+            node.erase(record.id).await?
+        } else {
+            let question = Question::Erase(record.id);
+            let answer = node.ask(&other.record.peer_address, &question).await;
+            let answer = answer.ok_or_else(|| {
+                format!("node {name} has not said that it destroyed its copies: it is asked again; if it is down, start it")
+            })?;
+            serde_json::from_slice(&answer).map_err(text)?
+        };
+        if erased.id != id || erased.node != name {
+            return Err(format!("another node than {name} answers at its address"));
+        }
+        // What was destroyed at an earlier try is in its answer too, but not of an earlier process.
+        match draft.nodes.iter_mut().find(|e| e.id == id) {
+            Some(known) => {
+                known.key_files.extend(erased.key_files);
+                known.key_files.sort();
+                known.key_files.dedup();
+            }
+            None => draft.nodes.push(erased),
+        }
     }
-    let placed = node.placed(record);
-    let other = placed.iter().find(|n| n.name == name);
-    let other = other.ok_or_else(|| format!("node {name} is not registered"))?;
-    let question = Question::Erase(record.id);
-    let answer = node.ask(&other.peer_address, &question).await;
-    let answer = answer.ok_or_else(|| {
-        format!("node {name} has not destroyed its copies: start it, or replace it by an empty one")
-    })?;
-    serde_json::from_slice(&answer).map_err(text)
+    Ok(())
 }
 
 /// Tries to restore the tenant; answers why that fails, or an error if it does not.
@@ -277,22 +352,18 @@ async fn drill(node: &Node, record: &TenantRecord) -> Result<Drill, String> {
             },
             plan.total_links()
         ),
-        Err(e) => format!("nothing that a restore can be planned from: {e}"),
+        Err(RestoreError::Nothing(_)) => "nothing".into(),
+        Err(e) => return Err(text(e)),
     };
-    let unwrapped = match node.parts.keys.fetch_all(record.id).await {
-        Ok(keys) => WrappedKey::unwrap(&keys, &node.parts.providers)
-            .await
-            .map(drop)
-            .map_err(text),
-        Err(e) => Err(text(e)),
-    };
-    match unwrapped {
-        Ok(()) => Err("a restore of the destroyed tenant would still succeed".into()),
-        Err(failed) => Ok(Drill {
+    match node.parts.keys.fetch_all(record.id).await {
+        // Anything else is no proof.
+        Err(failed @ WrappedKeyError::Missing(_)) => Ok(Drill {
             at_ms: now_ms(),
             left,
-            failed,
+            failed: text(failed),
         }),
+        Err(e) => Err(text(e)),
+        Ok(_) => Err("wrapped keys are still in the bucket".into()),
     }
 }
 

@@ -21,6 +21,8 @@ use crate::node::{Node, Question};
 
 /// After a question that was not answered.
 const AGAIN: Duration = Duration::from_secs(5);
+/// How often in a row a sealed tenant's try gives way when the provider is busy.
+const MAX_GIVEN_WAY: u32 = 4;
 /// How long a suspected damage may take to be withdrawn.
 const QUARANTINE: Duration = Duration::from_secs(30);
 /// A sealed tenant's key is tried at once, then ever more seldom, down to the interval.
@@ -32,6 +34,8 @@ pub struct Keeper {
     group: Arc<Group>,
     probe: Option<Probe>,
     pause: Duration,
+    /// Tries of a sealed tenant that gave way to others.
+    gave_way: u32,
 }
 
 /// Keeps the key as long as the tenant's incarnation is open here.
@@ -44,6 +48,7 @@ pub async fn keep(node: Arc<Node>, tenant: Arc<Tenant>, group: Arc<Group>) {
         group: group.clone(),
         probe: None,
         pause: FIRST_TRY,
+        gave_way: 0,
     };
     let lives = || {
         let record = tenant.record();
@@ -68,7 +73,9 @@ pub async fn keep(node: Arc<Node>, tenant: Arc<Tenant>, group: Arc<Group>) {
         }
     }
     // Nothing looks after its keys any more.
-    group.seal("the tenant has moved on").await;
+    let why = tenant.record().deleted();
+    let why = why.as_deref().unwrap_or("the tenant has moved on");
+    group.seal(why).await;
 }
 
 impl Keeper {
@@ -199,10 +206,12 @@ impl Keeper {
     /// Tries a sealed tenant's key.
     async fn resume(&mut self, known: &str) -> Duration {
         let record = self.tenant.record();
-        if self.node.parts.providers.is_busy(&record.key) {
-            // Who is served goes first.
+        if self.gave_way < MAX_GIVEN_WAY && self.node.parts.providers.is_busy(&record.key) {
+            // Who is served goes first, though not for ever.
+            self.gave_way += 1;
             return AGAIN.mul_f64(rand::random_range(0.5..1.5));
         }
+        self.gave_way = 0;
         let sent = boottime();
         let why = match wrapped(&self.node.parts, &record).await {
             Ok(keys) => match self.group.unseal(Arc::new(keys)).await {

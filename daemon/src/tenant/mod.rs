@@ -58,6 +58,9 @@ impl Parts {
         report: Report,
         min_voters: usize,
     ) -> Result<Arc<Group>, String> {
+        if self.keys.is_shredded(id.tenant) {
+            return Err("the tenant was deleted, and its keys are destroyed here".into());
+        }
         if is_fenced(&self.replica_dir(id)) {
             return Err(GroupError::Fenced(id).to_string());
         }

@@ -185,8 +185,9 @@ async fn each_version(
             if let Err(e) = deleted {
                 match e.as_service_error().and_then(|e| e.meta().code()) {
                     // Object Lock, or a policy: it stays for as long as that says.
-                    Some(code) if code.contains("AccessDenied") || code.contains("Locked") => {
-                        entry.left = code.to_string();
+                    Some(code @ ("AccessDenied" | "InvalidRequest" | "ObjectLocked")) => {
+                        let meta = e.as_service_error().and_then(|e| e.meta().message());
+                        entry.left = format!("{code}: {}", meta.unwrap_or_default());
                     }
                     _ => return Err(format!("deleting {key}: {}", DisplayErrorContext(e))),
                 }

@@ -21,7 +21,6 @@ use crate::machine::{Machine, State};
 
 /// How often a snapshot is tried of a tenant that was sealed before its first.
 const SEALED_AGAIN: Duration = Duration::from_secs(1);
-const SEALED_TRIES: usize = 20;
 
 /// A checkpoint's directory and the state that it stands at. Its files stay readable while they are
 /// open.
@@ -64,6 +63,12 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             }
         }
         Ok(())
+    }
+
+    /// None while there is nothing to make a snapshot of: sealed before the first one.
+    async fn try_create_snapshot_builder(&mut self, _force: bool) -> Option<Builder> {
+        let none = self.0.sealed().is_some() && !matches!(self.0.dir.snapshot(), Ok(Some(_)));
+        (!none).then(|| Builder(self.0.clone()))
     }
 
     async fn get_snapshot_builder(&mut self) -> Builder {
@@ -182,7 +187,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
     type SnapshotData = SnapshotDir;
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
-        for _ in 0..SEALED_TRIES {
+        loop {
             let replica = self.0.clone();
             let built = tokio::task::spawn_blocking(move || build(&replica))
                 .await
@@ -193,8 +198,6 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
                 None => tokio::time::sleep(SEALED_AGAIN).await,
             }
         }
-        let why = "the tenant is sealed, and there is no checkpoint of it";
-        Err(io::Error::other(why))
     }
 }
 
