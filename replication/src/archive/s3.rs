@@ -106,7 +106,26 @@ async fn each(
             let root = url.path().trim_matches('/');
             each_version(&client, bucket, root, prefix, delete).await
         }
-        _ => each_file(store, prefix, delete).await,
+        _ => {
+            let found = each_file(store, prefix, delete).await?;
+            if delete {
+                sweep(&url, prefix)?;
+            }
+            Ok(found)
+        }
+    }
+}
+
+/// What a process that died in the middle of a write left beside the objects of a directory; the
+/// store's library does not list it.
+fn sweep(url: &Url, prefix: &str) -> Result<(), String> {
+    let Ok(root) = url.to_file_path() else {
+        return Ok(());
+    };
+    match std::fs::remove_dir_all(root.join(prefix)) {
+        Ok(()) => Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(format!("{}: {e}", root.join(prefix).display())),
     }
 }
 
