@@ -43,6 +43,8 @@ pub const MAX_GRACE: Duration = Duration::from_secs(24 * 3600);
 pub const BUCKET_PLACE: Duration = Duration::from_secs(3600);
 /// How long a deleted tenant can be brought back, unless it is said otherwise.
 pub const DELETION_GRACE: Duration = Duration::from_secs(30 * 24 * 3600);
+/// How long a request waits for a tenant that is being opened.
+pub const OPENING: Duration = Duration::from_secs(5);
 /// Events kept in the directory.
 pub const MAX_EVENTS: usize = 1000;
 /// Tenants restored at once: replay takes a core each.

@@ -141,7 +141,7 @@ impl Gateway {
         let tenant = self
             .tenant(name)
             .ok_or_else(|| self.unknown_tenant(invalid_token()))?;
-        let group = self.group_of(&tenant)?;
+        let group = self.group_now(&tenant)?;
         let text = &token[..token.len() - tag.len() - 1];
         let tag = hex::decode(tag).map_err(|_| invalid_token())?;
         mac(&group, text)?
@@ -214,7 +214,7 @@ impl Auth for AuthService {
             .0
             .tenant(tenant)
             .ok_or_else(|| self.0.unknown_tenant(wrong_login()))?;
-        let group = self.0.group_of(&tenant)?;
+        let group = self.0.group_of(&tenant).await?;
         group.read_barrier().await.map_err(|e| proposal(&e))?;
         let _permit = self
             .0
@@ -260,7 +260,7 @@ impl Auth for AuthService {
         request: Request<AuthEnableRequest>,
     ) -> Result<Response<AuthEnableResponse>, Status> {
         let session = self.0.session(request.metadata())?;
-        let group = self.0.group(&session)?;
+        let group = self.0.group(&session).await?;
         Ok(Response::new(AuthEnableResponse {
             header: Some(self.0.header(&group, group.store().state().revision)),
         }))

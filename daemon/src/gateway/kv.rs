@@ -42,7 +42,7 @@ impl KvService {
         op: Op,
     ) -> Result<(ReplyResult, Arc<Group>), Status> {
         check_command(&op).map_err(|e| failed(&e))?;
-        let group = self.0.group(session)?;
+        let group = self.0.group(session).await?;
         let grows = matches!(op, Op::Put(_) | Op::Txn(_));
         if grows && group.store().bytes() >= session.tenant.quota() {
             return Err(failed(&Failed::NoSpace));
@@ -104,7 +104,7 @@ impl Kv for KvService {
         let session = self.0.session(request.metadata())?;
         let request = request.into_inner();
         check::range(&request).map_err(|e| failed(&e))?;
-        let group = self.0.group(&session)?;
+        let group = self.0.group(&session).await?;
         if !request.serializable {
             group.read_barrier().await.map_err(|e| proposal(&e))?;
         }
@@ -155,7 +155,7 @@ impl Kv for KvService {
         let txn = request.into_inner();
         check::txn(&txn).map_err(|e| failed(&e))?;
         if check::is_read_only(&txn) {
-            let group = self.0.group(&session)?;
+            let group = self.0.group(&session).await?;
             if !txn_is_serializable(&txn) {
                 group.read_barrier().await.map_err(|e| proposal(&e))?;
             }

@@ -26,6 +26,8 @@ use auth::{Session, Sessions};
 /// The version that clients see; they switch features on by it.
 pub const ETCD_VERSION: &str = "3.7.3";
 
+const OPENING_LOOK: std::time::Duration = std::time::Duration::from_millis(20);
+
 /// What the services share.
 pub struct Gateway {
     pub node: Arc<Node>,
@@ -60,11 +62,20 @@ pub fn check_key(tenant: &Tenant, group: &Group) -> Result<(), Status> {
 
 impl Gateway {
     /// The group of a login, if this node may use the tenant's key.
-    pub fn group(&self, session: &Session) -> Result<Arc<Group>, Status> {
-        self.group_of(&session.tenant)
+    pub async fn group(&self, session: &Session) -> Result<Arc<Group>, Status> {
+        self.group_of(&session.tenant).await
     }
 
-    pub fn group_of(&self, tenant: &Tenant) -> Result<Arc<Group>, Status> {
+    /// As `group_now`; a tenant that is just being opened here is waited for.
+    pub async fn group_of(&self, tenant: &Tenant) -> Result<Arc<Group>, Status> {
+        let deadline = tokio::time::Instant::now() + limits::OPENING;
+        while tenant.is_opening() && tokio::time::Instant::now() < deadline {
+            tokio::time::sleep(OPENING_LOOK).await;
+        }
+        self.group_now(tenant)
+    }
+
+    fn group_now(&self, tenant: &Tenant) -> Result<Arc<Group>, Status> {
         let group = tenant.group().map_err(|why| {
             Status::unavailable(format!("etcdserver: no leader (holdfast: {why})"))
         })?;

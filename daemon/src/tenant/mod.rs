@@ -121,6 +121,8 @@ pub fn reason(e: &WrappedKeyError) -> String {
     }
 }
 
+const OPENING: &str = "the tenant is being opened on this node";
+
 /// A tenant as this node knows it.
 pub struct Tenant {
     record: RwLock<TenantRecord>,
@@ -146,6 +148,11 @@ impl Tenant {
 
     pub async fn nudged(&self) {
         self.nudge.notified().await;
+    }
+
+    /// Whether the group is about to be here.
+    pub fn is_opening(&self) -> bool {
+        matches!(&*self.group.read(), Err(why) if why == OPENING)
     }
 
     /// The group on this node, sealed or not.
@@ -198,6 +205,10 @@ impl Registry {
             Some(known) => {
                 let before = known.record.read().clone();
                 let other = before.group() != record.group();
+                if other {
+                    // What is open is of the incarnation before.
+                    known.set_group(Err(OPENING.into()));
+                }
                 if before != record {
                     known.key.lease.set_grace(record.key_grace());
                     *known.record.write() = record;
@@ -207,7 +218,7 @@ impl Registry {
             }
             None => {
                 let tenant = Arc::new(Tenant {
-                    group: RwLock::new(Err("the tenant is being opened on this node".into())),
+                    group: RwLock::new(Err(OPENING.into())),
                     record: RwLock::new(record.clone()),
                     key: KeyStanding::default(),
                     nudge: Notify::new(),
