@@ -22,7 +22,7 @@ use replication::network::{self, Hello, NodeTls, Peers, Service};
 use replication::{GroupId, command};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
-use tokio::sync::Mutex;
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::config::NodeConfig;
@@ -89,7 +89,7 @@ pub struct Node {
     pub(crate) events: Pending,
     pub(crate) bucket_place: RwLock<BucketPlace>,
     /// One restore at a time.
-    pub restoring: Mutex<()>,
+    pub restoring: Semaphore,
     tasks: parking_lot::Mutex<JoinSet<()>>,
 }
 
@@ -178,7 +178,7 @@ impl Node {
             links: RwLock::default(),
             events: Pending::default(),
             bucket_place: RwLock::default(),
-            restoring: Mutex::new(()),
+            restoring: Semaphore::new(1),
             tasks: parking_lot::Mutex::new(JoinSet::new()),
             config,
         });
@@ -224,6 +224,10 @@ impl Node {
             peer_address: self.config.peer_address.to_string(),
             client_url: self.config.client_url(),
         }
+    }
+
+    pub fn is_restoring(&self) -> bool {
+        self.restoring.available_permits() == 0
     }
 
     /// Notes links as the archiver makes them; the directory is told at intervals.

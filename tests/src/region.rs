@@ -81,7 +81,9 @@ impl Drop for Region {
             node.kill();
         }
         if std::thread::panicking() || std::env::var("HOLDFAST_KEEP").is_ok() {
-            let kept = std::env::temp_dir().join(format!("holdfast-failed-{}", std::process::id()));
+            let name = self.dir.path().file_name().unwrap_or_default();
+            let name = format!("holdfast-failed-{}", name.to_string_lossy());
+            let kept = std::env::temp_dir().join(name);
             let _ = std::fs::rename(self.dir.path(), &kept);
             eprintln!("the region's files and logs are kept in {}", kept.display());
         }

@@ -47,7 +47,7 @@ pub fn start(node: Arc<Node>, lost_at_ms: u64) -> Result<BoxStream<RestoreEvent>
     }
     let (events, stream) = mpsc::channel(256);
     tokio::spawn(async move {
-        let Ok(_one) = node.restoring.try_lock() else {
+        let Ok(_one) = node.restoring.try_acquire() else {
             let busy = Status::already_exists("a restore is under way on this node");
             let _ = events.send(Err(busy)).await;
             return;

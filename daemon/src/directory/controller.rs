@@ -27,14 +27,16 @@ pub async fn open_tenants(node: Arc<Node>) {
     };
     let mut changes = directory.group().store().watch();
     loop {
+        let mut skipped = false;
         match directory.tenants() {
             Ok(found) => {
                 let ids: Vec<TenantId> = found.iter().map(|f| f.record.id).collect();
                 node.tenants.retain(&ids);
                 for found in found {
                     // A restore opens what it has restored; nothing else is there yet.
-                    let restoring = node.restoring.try_lock().is_err();
-                    if restoring && node.parts.groups.get(found.record.group()).is_none() {
+                    if node.is_restoring() && node.parts.groups.get(found.record.group()).is_none()
+                    {
+                        skipped = true;
                         continue;
                     }
                     let destroying = found.record.is_destroying();
@@ -47,8 +49,9 @@ pub async fn open_tenants(node: Arc<Node>) {
             }
             Err(e) => tracing::error!(error = %e, "the directory's tenants cannot be read"),
         }
-        if changes.changed().await.is_err() {
-            return;
+        tokio::select! {
+            changed = changes.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(RETRY), if skipped => {}
         }
     }
 }
@@ -64,13 +67,12 @@ async fn open_tenant(node: Arc<Node>, tenant: Arc<Tenant>) {
     while tenant.record().group() == id {
         match open_group(&node, &tenant).await {
             Ok(group) if tenant.record().group() == id => {
-                drop_older(&node, id).await;
                 let sealed = group.sealed();
                 tracing::info!(tenant = %record.id, incarnation = record.incarnation, ?sealed, "tenant is open");
                 tenant.set_group(Ok(group.clone()));
                 let own = node.clone();
                 node.spawn(async move { keeper::keep(own, tenant, group).await });
-                return;
+                return drop_older(&node, id).await;
             }
             // Another incarnation began meanwhile, and is being opened.
             Ok(_) => return,
@@ -93,6 +95,8 @@ async fn drop_older(node: &Node, id: replication::GroupId) {
         if old.tenant == id.tenant && old.incarnation < id.incarnation {
             node.parts.groups.remove(old);
             group.shutdown().await;
+            // Its engine is closed before its files go.
+            group.seal("another incarnation took its place").await;
             node.parts.log.drop_group(old);
             if let Err(e) = std::fs::remove_dir_all(node.parts.replica_dir(old)) {
                 tracing::warn!(group = %old, error = %e, "a replica's directory is not removed");

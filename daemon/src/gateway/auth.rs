@@ -97,7 +97,7 @@ fn make_token(group: &Group, session: &Session) -> Result<String, Status> {
 
 impl Gateway {
     /// The login of a request: metadata `token`, else `authorization`, with or without `Bearer`.
-    pub fn session(&self, metadata: &MetadataMap) -> Result<Arc<Session>, Status> {
+    pub async fn session(&self, metadata: &MetadataMap) -> Result<Arc<Session>, Status> {
         let token = metadata
             .get("token")
             .or_else(|| metadata.get("authorization"));
@@ -108,7 +108,7 @@ impl Gateway {
         let known = self.sessions.known.read().get(token).cloned();
         let session = match known {
             Some(session) => session,
-            None => self.check_token(token)?,
+            None => self.check_token(token).await?,
         };
         if session.expires <= now() {
             self.sessions.known.write().remove(token);
@@ -133,7 +133,7 @@ impl Gateway {
         }
     }
 
-    fn check_token(&self, token: &str) -> Result<Arc<Session>, Status> {
+    async fn check_token(&self, token: &str) -> Result<Arc<Session>, Status> {
         let parts: Vec<&str> = token.split('.').collect();
         let [name, user, auth_revision, expires, tag] = parts[..] else {
             return Err(invalid_token());
@@ -141,7 +141,7 @@ impl Gateway {
         let tenant = self
             .tenant(name)
             .ok_or_else(|| self.unknown_tenant(invalid_token()))?;
-        let group = self.group_now(&tenant)?;
+        let group = self.group_of(&tenant).await?;
         let text = &token[..token.len() - tag.len() - 1];
         let tag = hex::decode(tag).map_err(|_| invalid_token())?;
         mac(&group, text)?
@@ -259,7 +259,7 @@ impl Auth for AuthService {
         &self,
         request: Request<AuthEnableRequest>,
     ) -> Result<Response<AuthEnableResponse>, Status> {
-        let session = self.0.session(request.metadata())?;
+        let session = self.0.session(request.metadata()).await?;
         let group = self.0.group(&session).await?;
         Ok(Response::new(AuthEnableResponse {
             header: Some(self.0.header(&group, group.store().state().revision)),
@@ -270,7 +270,7 @@ impl Auth for AuthService {
         &self,
         request: Request<AuthDisableRequest>,
     ) -> Result<Response<AuthDisableResponse>, Status> {
-        self.0.session(request.metadata())?;
+        self.0.session(request.metadata()).await?;
         Err(Status::permission_denied("etcdserver: permission denied"))
     }
 }

@@ -16,7 +16,7 @@ impl Cluster for ClusterService {
         &self,
         request: Request<MemberListRequest>,
     ) -> Result<Response<MemberListResponse>, Status> {
-        let session = self.0.session(request.metadata())?;
+        let session = self.0.session(request.metadata()).await?;
         let group = self.0.group(&session).await?;
         let directory = self.0.node.directory();
         let directory = directory.ok_or_else(|| Status::unavailable("etcdserver: no leader"))?;

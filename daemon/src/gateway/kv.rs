@@ -101,7 +101,7 @@ impl Kv for KvService {
         &self,
         request: Request<RangeRequest>,
     ) -> Result<Response<RangeResponse>, Status> {
-        let session = self.0.session(request.metadata())?;
+        let session = self.0.session(request.metadata()).await?;
         let request = request.into_inner();
         check::range(&request).map_err(|e| failed(&e))?;
         let group = self.0.group(&session).await?;
@@ -120,7 +120,7 @@ impl Kv for KvService {
     }
 
     async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
-        let session = self.0.session(request.metadata())?;
+        let session = self.0.session(request.metadata()).await?;
         match self
             .propose(&session, Op::Put(request.into_inner()))
             .await?
@@ -137,7 +137,7 @@ impl Kv for KvService {
         &self,
         request: Request<DeleteRangeRequest>,
     ) -> Result<Response<DeleteRangeResponse>, Status> {
-        let session = self.0.session(request.metadata())?;
+        let session = self.0.session(request.metadata()).await?;
         match self
             .propose(&session, Op::DeleteRange(request.into_inner()))
             .await?
@@ -151,7 +151,7 @@ impl Kv for KvService {
     }
 
     async fn txn(&self, request: Request<TxnRequest>) -> Result<Response<TxnResponse>, Status> {
-        let session = self.0.session(request.metadata())?;
+        let session = self.0.session(request.metadata()).await?;
         let txn = request.into_inner();
         check::txn(&txn).map_err(|e| failed(&e))?;
         if check::is_read_only(&txn) {
@@ -177,7 +177,7 @@ impl Kv for KvService {
         &self,
         request: Request<CompactionRequest>,
     ) -> Result<Response<CompactionResponse>, Status> {
-        let session = self.0.session(request.metadata())?;
+        let session = self.0.session(request.metadata()).await?;
         match self
             .propose(&session, Op::Compact(request.into_inner()))
             .await?

@@ -42,7 +42,7 @@ impl Maintenance for MaintenanceService {
         &self,
         request: Request<StatusRequest>,
     ) -> Result<Response<StatusResponse>, Status> {
-        let session = self.0.session(request.metadata())?;
+        let session = self.0.session(request.metadata()).await?;
         let group = self.0.group(&session).await?;
         let status = group.status();
         let bytes = i64::try_from(status.bytes).unwrap_or(i64::MAX).max(4096);
@@ -70,7 +70,7 @@ impl Maintenance for MaintenanceService {
         &self,
         request: Request<AlarmRequest>,
     ) -> Result<Response<AlarmResponse>, Status> {
-        let session = self.0.session(request.metadata())?;
+        let session = self.0.session(request.metadata()).await?;
         let group = self.0.group(&session).await?;
         if request.get_ref().action() != AlarmAction::Get {
             return Err(Status::permission_denied("etcdserver: permission denied"));
@@ -82,7 +82,7 @@ impl Maintenance for MaintenanceService {
     }
 
     async fn hash(&self, request: Request<HashRequest>) -> Result<Response<HashResponse>, Status> {
-        let session = self.0.session(request.metadata())?;
+        let session = self.0.session(request.metadata()).await?;
         let group = self.0.group(&session).await?;
         let (hash, _, at) = tokio::task::block_in_place(|| hash(&group, 0))?;
         Ok(Response::new(HashResponse {
@@ -95,7 +95,7 @@ impl Maintenance for MaintenanceService {
         &self,
         request: Request<HashKvRequest>,
     ) -> Result<Response<HashKvResponse>, Status> {
-        let session = self.0.session(request.metadata())?;
+        let session = self.0.session(request.metadata()).await?;
         let group = self.0.group(&session).await?;
         let revision = request.get_ref().revision;
         let (hash, compact_revision, hash_revision) =

@@ -66,16 +66,13 @@ impl Gateway {
         self.group_of(&session.tenant).await
     }
 
-    /// As `group_now`; a tenant that is just being opened here is waited for.
+    /// The group of a tenant, if this node may use its key. One that is just being opened here is
+    /// waited for.
     pub async fn group_of(&self, tenant: &Tenant) -> Result<Arc<Group>, Status> {
         let deadline = tokio::time::Instant::now() + limits::OPENING;
         while tenant.is_opening() && tokio::time::Instant::now() < deadline {
             tokio::time::sleep(OPENING_LOOK).await;
         }
-        self.group_now(tenant)
-    }
-
-    fn group_now(&self, tenant: &Tenant) -> Result<Arc<Group>, Status> {
         let group = tenant.group().map_err(|why| {
             Status::unavailable(format!("etcdserver: no leader (holdfast: {why})"))
         })?;

@@ -108,7 +108,7 @@ pub async fn keep(node: Arc<Node>) {
             continue;
         };
         // A restore opens what the directory named when it began.
-        if node.restoring.try_lock().is_err() {
+        if node.is_restoring() {
             continue;
         }
         for found in tenants {
