@@ -365,16 +365,18 @@ impl Node {
         }
     }
 
+    /// Whether this node has a connection to another, or is it.
+    pub fn is_connected(&self, other: &NodeRecord) -> bool {
+        let peer = || self.parts.peers.node(other.id, &other.peer_address);
+        other.id == self.id || peer().connection().is_some()
+    }
+
     /// Names and zones of the region's nodes that this node has no connection to.
     pub fn unreachable(&self) -> Vec<String> {
         let nodes = self.directory().and_then(|d| d.nodes().ok());
-        let away = |n: &NodeRecord| {
-            let peer = self.parts.peers.node(n.id, &n.peer_address);
-            n.id != self.id && peer.connection().is_none()
-        };
         let nodes = nodes.unwrap_or_default().into_iter().map(|f| f.record);
         nodes
-            .filter(away)
+            .filter(|n| !self.is_connected(n))
             .map(|n| format!("{} (zone {})", n.name, n.zone))
             .collect()
     }

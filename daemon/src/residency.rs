@@ -100,15 +100,7 @@ impl Node {
         let nodes = self.placed(record);
         for name in &record.placement {
             let node = nodes.iter().find(|n| n.name == *name);
-            let near = node.is_some_and(|n| {
-                n.id == self.id
-                    || self
-                        .parts
-                        .peers
-                        .node(n.id, &n.peer_address)
-                        .connection()
-                        .is_some()
-            });
+            let near = node.is_some_and(|n| self.is_connected(n));
             places.push(Place {
                 what: "replica".into(),
                 name: name.clone(),

@@ -7,11 +7,10 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use aws_config::BehaviorVersion;
+use aws_config::retry::RetryConfig;
+use aws_config::timeout::TimeoutConfig;
+use aws_config::{BehaviorVersion, Region as AwsRegion, SdkConfig};
 use aws_sdk_kms::Client;
-use aws_sdk_kms::config::retry::RetryConfig;
-use aws_sdk_kms::config::timeout::TimeoutConfig;
-use aws_sdk_kms::config::{Builder, Region as AwsRegion};
 use aws_sdk_kms::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
 use aws_sdk_kms::primitives::Blob;
 use aws_smithy_http_client::{Builder as HttpBuilder, tls};
@@ -30,32 +29,31 @@ pub struct AwsKms {
 impl AwsKms {
     /// `endpoint`: a URL, or none for AWS's own in `cloud_region`.
     pub async fn connect(cloud_region: &str, endpoint: Option<&str>) -> Self {
-        let http = HttpBuilder::new()
-            .tls_provider(tls::Provider::Rustls(
-                tls::rustls_provider::CryptoMode::Ring,
-            ))
-            .build_https();
-        let shared = aws_config::defaults(BehaviorVersion::latest())
-            .region(AwsRegion::new(cloud_region.to_string()))
-            .http_client(http.clone())
-            .load()
-            .await;
-        let mut config = Builder::from(&shared)
-            .http_client(http)
-            .retry_config(RetryConfig::disabled())
-            .timeout_config(
-                TimeoutConfig::builder()
-                    .connect_timeout(CONNECT_TIMEOUT)
-                    .operation_timeout(CALL_TIMEOUT)
-                    .build(),
-            );
-        if let Some(endpoint) = endpoint {
-            config = config.endpoint_url(endpoint);
-        }
         AwsKms {
-            client: Client::from_conf(config.build()),
+            client: Client::new(&sdk_config(cloud_region, endpoint).await),
         }
     }
+}
+
+/// How clients of AWS's services, or of what speaks like them at `endpoint`, are made.
+pub async fn sdk_config(cloud_region: &str, endpoint: Option<&str>) -> SdkConfig {
+    let http = HttpBuilder::new()
+        .tls_provider(tls::Provider::Rustls(
+            tls::rustls_provider::CryptoMode::Ring,
+        ))
+        .build_https();
+    let timeouts = TimeoutConfig::builder()
+        .connect_timeout(CONNECT_TIMEOUT)
+        .operation_timeout(CALL_TIMEOUT);
+    let mut config = aws_config::defaults(BehaviorVersion::latest())
+        .region(AwsRegion::new(cloud_region.to_string()))
+        .http_client(http)
+        .retry_config(RetryConfig::disabled())
+        .timeout_config(timeouts.build());
+    if let Some(endpoint) = endpoint {
+        config = config.endpoint_url(endpoint);
+    }
+    config.load().await
 }
 
 fn arn(key: &KeyUri) -> Result<&str, KmsError> {

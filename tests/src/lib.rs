@@ -9,6 +9,7 @@ pub mod memory;
 pub mod netns;
 pub mod proxy;
 pub mod region;
+pub mod served;
 pub mod servers;
 
 use std::path::PathBuf;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use daemon::admin_client::OperatorConfig;
-use daemon::config::NodeConfig;
+use daemon::config::{AwsKms, NodeConfig};
 use daemon::dev::{Layout, lay_out};
 use daemon::proto::admin::{
     CreateTenantRequest, NodeStatusRequest, NodeStatusResponse, ShowTenantRequest, Tenant,
@@ -18,6 +18,7 @@ use kms::local::Keyfile;
 use replication::archive::bucket::BucketConfig;
 
 use crate::netns::Network;
+use crate::servers::{self, CLOUD_REGION};
 
 pub const PASSWORD: &str = "correct horse";
 
@@ -150,6 +151,17 @@ impl Region {
         operator.endpoints = self.nodes.iter().map(|n| n.config.admin_address).collect();
         let file = self.dir.path().join("operator.toml");
         Ok(std::fs::write(file, toml::to_string(&operator)?)?)
+    }
+
+    /// Has the nodes ask the KMS at `endpoint`, before they start.
+    pub fn on_kms(&mut self, endpoint: &str) -> Result<()> {
+        self.environment.extend(servers::credentials());
+        self.configure(|_, config| {
+            config.kms.aws = Some(AwsKms {
+                cloud_region: CLOUD_REGION.into(),
+                endpoint: Some(endpoint.to_string()),
+            });
+        })
     }
 
     /// Puts each node in a network namespace of its own.
@@ -433,6 +445,22 @@ impl Region {
             );
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
+    }
+
+    /// Runs `holdfast`, which must succeed; answers what it printed.
+    pub async fn operate(&self, arguments: &[&str]) -> Result<String> {
+        let (ok, said) = self.holdfast(arguments).await?;
+        ensure!(ok, "holdfast {}: {said}", arguments.join(" "));
+        Ok(said)
+    }
+
+    /// Has `holdfast` verify a signed statement; answers whether it holds, and what it printed.
+    pub async fn verify(&self, signed: &str) -> Result<(bool, String)> {
+        let path = |name: &str| self.dir.path().join(name).display().to_string();
+        let (file, ca) = (path("signed.json"), path("ca.pem"));
+        std::fs::write(&file, signed)?;
+        self.holdfast(&["certificate", "verify", &file, "--ca", &ca])
+            .await
     }
 
     /// Runs `holdfast`; answers whether it succeeded, and what it printed.

@@ -1,17 +1,16 @@
 //! Rows 25 to 29: a tenant's key is taken away, given back, not answered for, rotated and changed.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use daemon::config::AwsKms;
 use daemon::proto::admin::Tenant;
-use etcd_client::Client;
 use holdfast_tests::kms::{Mode, Proxy, create_key, schedule_deletion, with_key};
 use holdfast_tests::memory;
 use holdfast_tests::region::{Region, files_below};
-use holdfast_tests::servers::{self, CLOUD_REGION};
+use holdfast_tests::served::Served;
+use holdfast_tests::servers;
 use kms::local::{KeyState, Keyfile};
 use kms::{KeyUri, Providers, Secret, TenantId, TenantKeys, WrappedKey, WrappedKeyStore};
 use replication::GroupId;
@@ -26,6 +25,7 @@ const BOUND: Duration = Duration::from_secs(60);
 /// Writes numbered keys until told to stop; answers those acknowledged.
 struct Writer {
     stop: Arc<AtomicBool>,
+    count: Arc<AtomicU64>,
     task: tokio::task::JoinHandle<Vec<u64>>,
 }
 
@@ -33,7 +33,8 @@ impl Writer {
     async fn start(region: &Region, tenant: &str) -> Result<Self> {
         let mut client = region.client(tenant).await?;
         let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
+        let count = Arc::new(AtomicU64::new(0));
+        let (stopped, counted) = (stop.clone(), count.clone());
         let task = tokio::spawn(async move {
             let mut acknowledged = Vec::new();
             for n in 0u64.. {
@@ -41,13 +42,26 @@ impl Writer {
                     break;
                 }
                 match client.put(format!("w/{n}"), n.to_string(), None).await {
-                    Ok(_) => acknowledged.push(n),
+                    Ok(_) => {
+                        acknowledged.push(n);
+                        counted.fetch_add(1, Ordering::Relaxed);
+                    }
                     Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
                 }
             }
             acknowledged
         });
-        Ok(Writer { stop, task })
+        Ok(Writer { stop, count, task })
+    }
+
+    /// Waits until this many writes are acknowledged.
+    async fn past(&self, count: u64) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while self.count.load(Ordering::Relaxed) < count {
+            ensure!(Instant::now() < deadline, "not {count} writes in a minute");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
     }
 
     async fn stop(self) -> Result<Vec<u64>> {
@@ -67,54 +81,6 @@ async fn check_all(region: &Region, tenant: &str, acknowledged: &[u64]) -> Resul
         );
     }
     Ok(())
-}
-
-/// What a tenant's request is answered at each node: `None` where it is served.
-async fn refusals(clients: &mut [Client]) -> Vec<Option<String>> {
-    let mut said = Vec::new();
-    for client in clients {
-        let options = etcd_client::GetOptions::new().with_serializable();
-        let answer = client.get("w/0", Some(options)).await;
-        said.push(answer.err().map(|e| e.to_string()));
-    }
-    said
-}
-
-async fn clients(region: &Region, tenant: &str) -> Result<Vec<Client>> {
-    let mut clients = Vec::new();
-    for n in 0..3 {
-        clients.push(region.client_at(tenant, &[n]).await?);
-    }
-    Ok(clients)
-}
-
-/// Waits until every node refuses the tenant with `reason`; answers how long that took.
-async fn sealed(clients: &mut [Client], reason: &str, within: Duration) -> Result<Duration> {
-    let started = Instant::now();
-    loop {
-        let said = refusals(clients).await;
-        let sealed = |s: &Option<String>| {
-            let text = s.as_deref().unwrap_or_default();
-            text.contains("is sealed") && text.contains(reason)
-        };
-        if said.iter().all(sealed) {
-            return Ok(started.elapsed());
-        }
-        ensure!(started.elapsed() < within, "not sealed: {said:?}");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-}
-
-async fn resumed(clients: &mut [Client], within: Duration) -> Result<Duration> {
-    let started = Instant::now();
-    loop {
-        let said = refusals(clients).await;
-        if said.iter().all(Option::is_none) {
-            return Ok(started.elapsed());
-        }
-        ensure!(started.elapsed() < within, "not resumed: {said:?}");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
 }
 
 /// The keys of a tenant, unwrapped as only the holder of the keyfile can, whatever its state.
@@ -221,8 +187,9 @@ async fn a_revoked_tenant_is_sealed_lives_on_and_resumes() -> Result<()> {
         .await?;
     let acme = Writer::start(&region, "acme").await?;
     let globex = Writer::start(&region, "globex").await?;
-    let mut at_nodes = clients(&region, "acme").await?;
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    let mut at_nodes = Served::connect(&region, "acme").await?;
+    acme.past(200).await?;
+    globex.past(200).await?;
     // A restart opens files, so that there are file keys in memory beside the sealer's.
     let other = (region.leader("acme").await? + 1) % 3;
     region.nodes[other].kill();
@@ -238,11 +205,8 @@ async fn a_revoked_tenant_is_sealed_lives_on_and_resumes() -> Result<()> {
     );
 
     region.keyfile().set_state("acme", KeyState::Disabled)?;
-    let took = sealed(&mut at_nodes, "disabled", BOUND).await?;
-    println!(
-        "sealed on the last node {:.1} s after the key was disabled",
-        took.as_secs_f64()
-    );
+    let took = at_nodes.sealed("disabled", BOUND).await?;
+    println!("sealed on each node {took} after the key was disabled");
     // The files of the end have keys of their own.
     let needles = material(&region, &shown).await?;
     let after = in_memory(&region, &needles)?;
@@ -256,10 +220,10 @@ async fn a_revoked_tenant_is_sealed_lives_on_and_resumes() -> Result<()> {
         needles.len()
     );
     let acknowledged = acme.stop().await?;
-    let (ok, shown) = region.holdfast(&["tenant", "show", "acme"]).await?;
-    ensure!(ok && shown.contains("sealed on all nodes"), "{shown}");
-    let (ok, events) = region.holdfast(&["events", "--tenant", "acme"]).await?;
-    ensure!(ok && events.matches(" sealed ").count() >= 3, "{events}");
+    let shown = region.operate(&["tenant", "show", "acme"]).await?;
+    ensure!(shown.contains("sealed on all nodes"), "{shown}");
+    let events = region.operate(&["events", "--tenant", "acme"]).await?;
+    ensure!(events.matches(" sealed ").count() >= 3, "{events}");
     // Ciphertext still reaches the archive.
     region.archived("acme").await?;
 
@@ -267,21 +231,18 @@ async fn a_revoked_tenant_is_sealed_lives_on_and_resumes() -> Result<()> {
     region.nodes[0].kill();
     region.start(0)?;
     region.serving().await?;
-    ensure!(refusals(&mut at_nodes).await.iter().all(Option::is_some));
+    ensure!(at_nodes.refusals().await.iter().all(Option::is_some));
     let others = globex.stop().await?;
     check_all(&region, "globex", &others).await?;
     region.kill_all();
     region.start_all()?;
     region.serving().await?;
     check_all(&region, "globex", &others).await?;
-    sealed(&mut at_nodes, "disabled", BOUND).await?;
+    at_nodes.sealed("disabled", BOUND).await?;
 
     region.keyfile().set_state("acme", KeyState::Enabled)?;
-    let took = resumed(&mut at_nodes, BOUND).await?;
-    println!(
-        "resumed on the last node {:.1} s after the key was enabled",
-        took.as_secs_f64()
-    );
+    let took = at_nodes.resumed(BOUND).await?;
+    println!("resumed on each node {took} after the key was enabled");
     ensure!(acknowledged.len() > 50, "{}", acknowledged.len());
     check_all(&region, "acme", &acknowledged).await?;
     region.same_everywhere("acme").await?;
@@ -307,12 +268,12 @@ async fn a_sealed_tenant_is_replicated_to_an_empty_node() -> Result<()> {
     for n in 0..100 {
         client.put(format!("w/{n}"), value.clone(), None).await?;
     }
-    let mut at_nodes = clients(&region, "acme").await?;
+    let mut at_nodes = Served::connect(&region, "acme").await?;
     region.archived("acme").await?;
     // The log is purged once a second.
     tokio::time::sleep(Duration::from_secs(3)).await;
     region.keyfile().set_state("acme", KeyState::Disabled)?;
-    sealed(&mut at_nodes, "disabled", BOUND).await?;
+    at_nodes.sealed("disabled", BOUND).await?;
     let victim = (region.leader("acme").await? + 1) % 3;
     region.nodes[victim].kill();
     std::fs::remove_dir_all(&region.nodes[victim].config.data_dir)?;
@@ -336,7 +297,7 @@ async fn a_sealed_tenant_is_replicated_to_an_empty_node() -> Result<()> {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     region.keyfile().set_state("acme", KeyState::Enabled)?;
-    resumed(&mut at_nodes, BOUND).await?;
+    at_nodes.resumed(BOUND).await?;
     region.same_everywhere("acme").await?;
     let mut client = region.client_at("acme", &[victim]).await?;
     ensure!(client.get("w/99", None).await?.kvs()[0].value() == value);
@@ -354,13 +315,7 @@ async fn a_kms_that_refuses_denies_or_is_silent() -> Result<()> {
     }
     let proxy = Proxy::start(&localstack.endpoint).await?;
     let mut region = Region::new()?;
-    region.configure(|_, config| {
-        config.kms.aws = Some(AwsKms {
-            cloud_region: CLOUD_REGION.into(),
-            endpoint: Some(proxy.endpoint.clone()),
-        });
-    })?;
-    region.environment = servers::credentials();
+    region.on_kms(&proxy.endpoint)?;
     region.start_all()?;
     region.serving().await?;
     let names = ["deleted", "denied", "silent"];
@@ -370,45 +325,44 @@ async fn a_kms_that_refuses_denies_or_is_silent() -> Result<()> {
             .create_tenant_with(name, "enhanced", 1_000, 60_000, arn, "app")
             .await?;
         region.client(name).await?.put("w/0", "0", None).await?;
-        at.push(clients(&region, name).await?);
+        at.push(Served::connect(&region, name).await?);
     }
-    let (ok, shown) = region
-        .holdfast(&["tenant", "set", "silent", "--key-grace", "20s"])
+    let shown = region
+        .operate(&["tenant", "set", "silent", "--key-grace", "20s"])
         .await?;
-    ensure!(ok && shown.contains("20.0 s"), "{shown}");
+    ensure!(shown.contains("20.0 s"), "{shown}");
 
     schedule_deletion(&localstack.endpoint, &arns[0]).await?;
     proxy.set(Mode::Deny(arns[1].clone()));
-    let took = sealed(&mut at[0], "pending deletion", BOUND).await?;
-    println!("pending deletion: sealed after {:.1} s", took.as_secs_f64());
-    sealed(&mut at[1], "access denied", BOUND).await?;
-    ensure!(refusals(&mut at[2]).await.iter().all(Option::is_none));
+    let took = at[0].sealed("pending deletion", BOUND).await?;
+    println!("pending deletion: sealed after {took}");
+    at[1].sealed("access denied", BOUND).await?;
+    ensure!(at[2].refusals().await.iter().all(Option::is_none));
     with_key(&localstack.endpoint, "CancelKeyDeletion", &arns[0]).await?;
     with_key(&localstack.endpoint, "EnableKey", &arns[0]).await?;
     proxy.set(Mode::Pass);
-    let took = resumed(&mut at[0], BOUND).await?;
-    println!(
-        "deletion cancelled: resumed after {:.1} s",
-        took.as_secs_f64()
-    );
-    resumed(&mut at[1], BOUND).await?;
+    let took = at[0].resumed(BOUND).await?;
+    println!("deletion cancelled: resumed after {took}");
+    at[1].resumed(BOUND).await?;
 
     // No answer is no proof: the default grace is ten minutes, one tenant's is 20 s.
     proxy.set(Mode::Silence);
-    sealed(&mut at[2], "could not be proven", Duration::from_secs(90)).await?;
+    at[2]
+        .sealed("could not be proven", Duration::from_secs(90))
+        .await?;
     for clients in &mut at[..2] {
-        let said = refusals(clients).await;
+        let said = clients.refusals().await;
         ensure!(said.iter().all(Option::is_none), "{said:?}");
     }
-    let (ok, events) = region.holdfast(&["events"]).await?;
-    ensure!(ok && events.contains("key-unproven"), "{events}");
+    let events = region.operate(&["events"]).await?;
+    ensure!(events.contains("key-unproven"), "{events}");
     proxy.set(Mode::Pass);
-    resumed(&mut at[2], BOUND).await?;
+    at[2].resumed(BOUND).await?;
     // Throttling is no proof either.
     proxy.set(Mode::Throttle);
     tokio::time::sleep(Duration::from_secs(10)).await;
     for clients in &mut at[..2] {
-        ensure!(refusals(clients).await.iter().all(Option::is_none));
+        ensure!(clients.refusals().await.iter().all(Option::is_none));
     }
     Ok(())
 }
@@ -432,13 +386,13 @@ async fn a_rotation_or_change_goes_on_wherever_it_was_interrupted() -> Result<()
         Ok(())
     };
     write(&region, 0).await?;
-    let (ok, said) = region.holdfast(&["key", "rotate", "acme"]).await?;
-    ensure!(ok && said.contains("generation 2"), "{said}");
+    let said = region.operate(&["key", "rotate", "acme"]).await?;
+    ensure!(said.contains("generation 2"), "{said}");
     write(&region, 1).await?;
-    let (ok, said) = region
-        .holdfast(&["key", "change", "acme", "--key", "local:acme-2"])
+    let said = region
+        .operate(&["key", "change", "acme", "--key", "local:acme-2"])
         .await?;
-    ensure!(ok && said.contains("generation 3"), "{said}");
+    ensure!(said.contains("generation 3"), "{said}");
     region
         .keyfile()
         .set_state("acme", KeyState::PendingDeletion)?;
@@ -522,10 +476,9 @@ async fn copies_from_before_and_after_a_key_change_stay_apart() -> Result<()> {
         .parse()
         .map_err(anyhow::Error::msg)?;
     let before = wrapped_keys(&region, id)?;
-    let (ok, said) = region
-        .holdfast(&["key", "change", "acme", "--key", "local:acme-2"])
+    region
+        .operate(&["key", "change", "acme", "--key", "local:acme-2"])
         .await?;
-    ensure!(ok, "{said}");
     let after = wrapped_keys(&region, id)?;
     ensure!(
         before.len() == 4 && after.len() == 8,

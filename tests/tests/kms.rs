@@ -1,7 +1,6 @@
 //! Tenants under keys of a real KMS: LocalStack.
 
 use anyhow::{Result, ensure};
-use daemon::config::AwsKms;
 use holdfast_tests::kms::{create_key, with_key};
 use holdfast_tests::region::Region;
 use holdfast_tests::servers::{self, CLOUD_REGION};
@@ -21,13 +20,7 @@ async fn a_tenant_under_a_kms_key_is_restored_and_refused() -> Result<()> {
         endpoint: Some(localstack.endpoint.clone()),
     };
     let mut region = Region::with_bucket(tempfile::tempdir()?, bucket)?;
-    region.configure(|_, config| {
-        config.kms.aws = Some(AwsKms {
-            cloud_region: CLOUD_REGION.into(),
-            endpoint: Some(localstack.endpoint.clone()),
-        });
-    })?;
-    region.environment = servers::credentials();
+    region.on_kms(&localstack.endpoint)?;
     region.start_all()?;
     region.serving().await?;
     let foreign = arn.replace(CLOUD_REGION, "eu-west-2");

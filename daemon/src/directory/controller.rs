@@ -253,18 +253,9 @@ pub async fn keep_members(node: Arc<Node>) {
 
 async fn reconcile(node: &Node, group: &Group, wanted: &[NodeRecord]) {
     let status = group.status();
-    let alive = |n: &NodeRecord| {
-        n.id == node.id
-            || node
-                .parts
-                .peers
-                .node(n.id, &n.peer_address)
-                .connection()
-                .is_some()
-    };
     let mut members: BTreeMap<u64, String> = BTreeMap::new();
     for n in wanted {
-        if status.voters.contains(&n.id) || alive(n) {
+        if status.voters.contains(&n.id) || node.is_connected(n) {
             members.insert(n.id, n.peer_address.clone());
         }
     }

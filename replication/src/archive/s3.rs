@@ -2,24 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
-use aws_config::BehaviorVersion;
 use aws_sdk_s3::Client;
-use aws_sdk_s3::config::retry::RetryConfig;
-use aws_sdk_s3::config::timeout::TimeoutConfig;
-use aws_sdk_s3::config::{Builder, Region};
+use aws_sdk_s3::config::Builder;
 use aws_sdk_s3::error::DisplayErrorContext;
-use aws_smithy_http_client::{Builder as HttpBuilder, tls};
 use futures::TryStreamExt;
+use kms::aws::sdk_config;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 use serde::{Deserialize, Serialize};
 use url::Url;
 
 use super::bucket::BucketConfig;
-
-const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Where the store says that the bucket lies. `Ok(None)`: it is a directory, or a store that does
 /// not tell, which proves nothing; what node.toml declares is all there is then.
@@ -43,24 +37,9 @@ pub async fn location(config: &BucketConfig) -> Result<Option<String>, String> {
 }
 
 async fn client(cloud_region: &str, endpoint: Option<&str>) -> Client {
-    let http = HttpBuilder::new()
-        .tls_provider(tls::Provider::Rustls(
-            tls::rustls_provider::CryptoMode::Ring,
-        ))
-        .build_https();
-    let shared = aws_config::defaults(BehaviorVersion::latest())
-        .region(Region::new(cloud_region.to_string()))
-        .http_client(http.clone())
-        .load()
-        .await;
-    let timeouts = TimeoutConfig::builder().operation_timeout(CALL_TIMEOUT);
-    let mut config = Builder::from(&shared)
-        .http_client(http)
-        .retry_config(RetryConfig::disabled())
-        .timeout_config(timeouts.build());
-    if let Some(endpoint) = endpoint {
-        config = config.endpoint_url(endpoint).force_path_style(true);
-    }
+    let config = Builder::from(&sdk_config(cloud_region, endpoint).await);
+    // Whatever is at an endpoint of its own may not resolve a name for each bucket.
+    let config = config.force_path_style(endpoint.is_some());
     Client::from_conf(config.build())
 }
 

@@ -12,7 +12,7 @@ use thiserror::Error;
 use super::latest::{Known, Latest};
 use super::state::State;
 use super::store::{Store, read_user, user_key};
-use super::txn::{branch, decide};
+use super::txn::{branch, decide, run};
 use crate::command::{EntryCodec, OpenError};
 use crate::engine::{Cf, Engine, EngineError};
 use crate::mvcc::check::{self, Failed};
@@ -28,7 +28,7 @@ use crate::proto::etcdserverpb::request_op::Request;
 use crate::proto::etcdserverpb::response_op::Response;
 use crate::proto::etcdserverpb::{
     CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, PutRequest,
-    PutResponse, RangeResponse, ResponseHeader, ResponseOp, TxnRequest, TxnResponse,
+    PutResponse, ResponseHeader, TxnRequest, TxnResponse,
 };
 use crate::{GroupId, Position};
 
@@ -381,7 +381,7 @@ impl Writer<'_> {
         decide(&self.view(), self.revision(), request, &mut path)?;
         // Nothing is written before the whole of the taken path is known to be possible.
         self.check_path(request, &mut path.iter())?;
-        let mut response = self.run(request, &mut path.iter())?;
+        let mut response = run(request, &mut path.iter(), &mut |one| self.one(one))?;
         response.header = header(self.revision());
         Ok(response)
     }
@@ -403,40 +403,22 @@ impl Writer<'_> {
         Ok(())
     }
 
-    fn run(
-        &mut self,
-        request: &TxnRequest,
-        path: &mut std::slice::Iter<'_, bool>,
-    ) -> Result<TxnResponse, Failed> {
-        let holds = *path.next().expect("decide visits every txn on the path");
-        let mut responses = Vec::new();
-        for op in branch(request, holds) {
-            let response = match &op.request {
-                Some(Request::RequestRange(r)) => {
-                    let bounds = range::Bounds {
-                        revision: self.revision(),
-                        compacted: self.state.compacted,
-                    };
-                    let answer: RangeResponse = range::range(&self.view(), bounds, r)?;
-                    Some(Response::ResponseRange(answer))
-                }
-                Some(Request::RequestPut(r)) => Some(Response::ResponsePut(self.put(r.clone())?)),
-                Some(Request::RequestDeleteRange(r)) => {
-                    Some(Response::ResponseDeleteRange(self.delete_range(r)?))
-                }
-                Some(Request::RequestTxn(nested)) => {
-                    let mut nested = self.run(nested, path)?;
-                    nested.header = Some(ResponseHeader::default());
-                    Some(Response::ResponseTxn(nested))
-                }
-                None => None,
-            };
-            responses.push(ResponseOp { response });
-        }
-        Ok(TxnResponse {
-            header: None,
-            succeeded: holds,
-            responses,
+    /// One request of a txn's branch.
+    fn one(&mut self, request: &Request) -> Result<Option<Response>, Failed> {
+        Ok(match request {
+            Request::RequestRange(r) => {
+                let bounds = range::Bounds {
+                    revision: self.revision(),
+                    compacted: self.state.compacted,
+                };
+                let answer = range::range(&self.view(), bounds, r)?;
+                Some(Response::ResponseRange(answer))
+            }
+            Request::RequestPut(r) => Some(Response::ResponsePut(self.put(r.clone())?)),
+            Request::RequestDeleteRange(r) => {
+                Some(Response::ResponseDeleteRange(self.delete_range(r)?))
+            }
+            Request::RequestTxn(_) => None,
         })
     }
 

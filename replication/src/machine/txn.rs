@@ -64,32 +64,33 @@ pub(super) fn read_txn(
 ) -> Result<TxnResponse, Failed> {
     let mut path = Vec::new();
     decide(view, state.revision, request, &mut path)?;
-    let mut response = read_branch(view, state, request, &mut path.iter())?;
+    let mut response = run(request, &mut path.iter(), &mut |one| match one {
+        Request::RequestRange(r) => {
+            range::range(view, state.bounds(), r).map(|found| Some(Response::ResponseRange(found)))
+        }
+        _ => Ok(None),
+    })?;
     response.header = header(state.revision);
     Ok(response)
 }
 
-fn read_branch(
-    view: &View<'_>,
-    state: &State,
+/// Goes along the branches that `decide` took; `each` answers a request that is no txn.
+pub(super) fn run(
     request: &TxnRequest,
     path: &mut std::slice::Iter<'_, bool>,
+    each: &mut impl FnMut(&Request) -> Result<Option<Response>, Failed>,
 ) -> Result<TxnResponse, Failed> {
     let holds = *path.next().expect("decide visits every txn on the path");
     let mut responses = Vec::new();
     for op in branch(request, holds) {
         let response = match &op.request {
-            Some(Request::RequestRange(r)) => Some(Response::ResponseRange(range::range(
-                view,
-                state.bounds(),
-                r,
-            )?)),
             Some(Request::RequestTxn(nested)) => {
-                let mut nested = read_branch(view, state, nested, path)?;
+                let mut nested = run(nested, path, each)?;
                 nested.header = Some(ResponseHeader::default());
                 Some(Response::ResponseTxn(nested))
             }
-            _ => None,
+            Some(one) => each(one)?,
+            None => None,
         };
         responses.push(ResponseOp { response });
     }

@@ -7,12 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use daemon::config::AwsKms;
-use etcd_client::{Client, GetOptions};
 use hdrhistogram::Histogram;
 use holdfast_tests::kms::{Mode, Proxy, create_key, schedule_deletion, with_key};
 use holdfast_tests::region::Region;
-use holdfast_tests::servers::{self, CLOUD_REGION};
+use holdfast_tests::served::Served;
+use holdfast_tests::servers;
 use parking_lot::Mutex;
 
 const TENANTS: [&str; 3] = ["acme", "globex", "initech"];
@@ -100,35 +99,6 @@ async fn neighbours(loads: &[(usize, Load)], without: usize, what: &str) {
     }
 }
 
-/// Seconds until each node refuses the tenant (`reason`), or serves it (no reason).
-async fn until(clients: &mut [Client], reason: Option<&str>, within: Duration) -> Result<Vec<f64>> {
-    let began = Instant::now();
-    let mut took = vec![None; clients.len()];
-    while took.iter().any(Option::is_none) {
-        ensure!(began.elapsed() < within, "after {within:?}: {took:?}");
-        for (client, took) in clients.iter_mut().zip(&mut took) {
-            let options = GetOptions::new().with_serializable();
-            let said = client.get("load/0", Some(options)).await.err();
-            let said = said.map(|e| e.to_string());
-            let reached = match (reason, &said) {
-                (Some(reason), Some(said)) => said.contains("is sealed") && said.contains(reason),
-                (None, None) => true,
-                _ => false,
-            };
-            if reached && took.is_none() {
-                *took = Some(began.elapsed().as_secs_f64());
-            }
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    Ok(took.into_iter().flatten().collect())
-}
-
-fn seconds(took: &[f64]) -> String {
-    let each: Vec<String> = took.iter().map(|s| format!("{s:.1} s")).collect();
-    each.join(", ")
-}
-
 #[tokio::main]
 async fn main() -> Result<()> {
     let all = Instant::now();
@@ -143,13 +113,7 @@ async fn main() -> Result<()> {
     ];
     let proxy = Proxy::start(&localstack.endpoint).await?;
     let mut region = Region::new()?;
-    region.configure(|_, config| {
-        config.kms.aws = Some(AwsKms {
-            cloud_region: CLOUD_REGION.into(),
-            endpoint: Some(proxy.endpoint.clone()),
-        });
-    })?;
-    region.environment = servers::credentials();
+    region.on_kms(&proxy.endpoint)?;
     region.keyfile().add("initech")?;
     region.start_all()?;
     region.serving().await?;
@@ -164,11 +128,7 @@ async fn main() -> Result<()> {
         region
             .create_tenant_with(name, "enhanced", 1_000, 60_000, key, "app")
             .await?;
-        let mut at_nodes = Vec::new();
-        for node in 0..3 {
-            at_nodes.push(region.client_at(name, &[node]).await?);
-        }
-        clients.push(at_nodes);
+        clients.push(Served::connect(&region, name).await?);
         loads.push((n, Load::start(&region, name).await?));
     }
     step("acme and globex are under keys of LocalStack, initech under a keyfile; all under load");
@@ -182,7 +142,7 @@ async fn main() -> Result<()> {
     }
     let began = Instant::now();
     with_key(&localstack.endpoint, "DisableKey", &arns[0]).await?;
-    let took = until(&mut clients[0], Some("disabled"), BOUND).await?;
+    let took = clients[0].sealed("disabled", BOUND).await?;
     for (n, load) in &loads[1..] {
         let (rate, p99) = load.figures(began.elapsed());
         println!(
@@ -190,21 +150,17 @@ async fn main() -> Result<()> {
             TENANTS[*n], "while it is sealed"
         );
     }
-    step(&format!(
-        "each node refuses acme after {} (at most 60)",
-        seconds(&took)
-    ));
+    step(&format!("each node refuses acme after {took} (at most 60)"));
     neighbours(&loads, 0, "after").await;
     with_key(&localstack.endpoint, "EnableKey", &arns[0]).await?;
-    let took = until(&mut clients[0], None, BOUND).await?;
+    let took = clients[0].resumed(BOUND).await?;
     step(&format!(
-        "enabled again: each node serves acme after {}",
-        seconds(&took)
+        "enabled again: each node serves acme after {took}"
     ));
     let (_, load) = loads.remove(0);
     let last = load.end().await?;
     for (writer, last) in last.iter().enumerate() {
-        let found = clients[0][0].get(format!("load/{writer}"), None).await?;
+        let found = clients[0].0[0].get(format!("load/{writer}"), None).await?;
         let found = found
             .kvs()
             .first()
@@ -221,59 +177,44 @@ async fn main() -> Result<()> {
     ));
 
     schedule_deletion(&localstack.endpoint, &arns[0]).await?;
-    let took = until(&mut clients[0], Some("pending deletion"), BOUND).await?;
+    let took = clients[0].sealed("pending deletion", BOUND).await?;
     step(&format!(
-        "acme's key is pending deletion: refused after {}",
-        seconds(&took)
+        "acme's key is pending deletion: refused after {took}"
     ));
     with_key(&localstack.endpoint, "CancelKeyDeletion", &arns[0]).await?;
     with_key(&localstack.endpoint, "EnableKey", &arns[0]).await?;
-    let took = until(&mut clients[0], None, BOUND).await?;
-    step(&format!(
-        "cancelled and enabled: served after {}",
-        seconds(&took)
-    ));
+    let took = clients[0].resumed(BOUND).await?;
+    step(&format!("cancelled and enabled: served after {took}"));
 
     proxy.set(Mode::Deny(arns[0].clone()));
-    let took = until(&mut clients[0], Some("access denied"), BOUND).await?;
+    let took = clients[0].sealed("access denied", BOUND).await?;
     step(&format!(
-        "access to acme's key is denied: refused after {}",
-        seconds(&took)
+        "access to acme's key is denied: refused after {took}"
     ));
     proxy.set(Mode::Pass);
-    let took = until(&mut clients[0], None, BOUND).await?;
-    step(&format!("allowed again: served after {}", seconds(&took)));
+    let took = clients[0].resumed(BOUND).await?;
+    step(&format!("allowed again: served after {took}"));
 
-    let (ok, said) = region
-        .holdfast(&["tenant", "set", "acme", "--key-grace", "30s"])
+    region
+        .operate(&["tenant", "set", "acme", "--key-grace", "30s"])
         .await?;
-    ensure!(ok, "{said}");
     localstack.pause();
-    let took = until(
-        &mut clients[0],
-        Some("could not be proven"),
-        Duration::from_secs(120),
-    )
-    .await?;
+    let took = clients[0]
+        .sealed("could not be proven", Duration::from_secs(120))
+        .await?;
     step(&format!(
-        "the KMS is stopped: acme, with a grace of 30 s, is sealed after {}",
-        seconds(&took)
+        "the KMS is stopped: acme, with a grace of 30 s, is sealed after {took}"
     ));
-    let stopped = Duration::from_secs(120).saturating_sub(Duration::from_secs_f64(
-        took.iter().copied().fold(0.0, f64::max),
-    ));
+    let stopped = Duration::from_secs(120).saturating_sub(took.last());
     tokio::time::sleep(stopped).await;
-    let now = until(&mut clients[1], None, Duration::from_secs(2)).await?;
+    let now = clients[1].resumed(Duration::from_secs(2)).await?;
     step(&format!(
         "after two minutes without the KMS globex, with a grace of 10 min, is served by {} nodes",
-        now.len()
+        now.0.len()
     ));
     localstack.resume();
-    let took = until(&mut clients[0], None, BOUND).await?;
-    step(&format!(
-        "the KMS goes on: acme is served after {}",
-        seconds(&took)
-    ));
+    let took = clients[0].resumed(BOUND).await?;
+    step(&format!("the KMS goes on: acme is served after {took}"));
 
     for arguments in [
         vec!["key", "rotate", "acme"],
@@ -281,34 +222,26 @@ async fn main() -> Result<()> {
         vec!["residency", "acme"],
     ] {
         let began = Instant::now();
-        let (ok, said) = region.holdfast(&arguments).await?;
+        let said = region.operate(&arguments).await?;
         println!("$ holdfast {}\n{}", arguments.join(" "), said.trim_end());
-        ensure!(ok, "it failed");
         step(&format!("took {:.1} s", began.elapsed().as_secs_f64()));
     }
     schedule_deletion(&localstack.endpoint, &arns[0]).await?;
-    clients[0][0].put("after", "the change", None).await?;
+    clients[0].0[0].put("after", "the change", None).await?;
     for n in 0..WRITERS {
-        ensure!(clients[0][1].get(format!("load/{n}"), None).await?.count() == 1);
+        let found = clients[0].0[1].get(format!("load/{n}"), None).await?;
+        ensure!(found.count() == 1);
     }
     step("acme's first key is scheduled for deletion, and everything is still read");
-    let (ok, said) = region.holdfast(&["events", "--tenant", "acme"]).await?;
-    ensure!(ok, "{said}");
+    let said = region.operate(&["events", "--tenant", "acme"]).await?;
     println!("{said}");
     for (_, load) in loads {
         load.end().await?;
     }
-    let (ok, certificate) = region
-        .holdfast(&["tenant", "delete", "acme", "--grace", "0s"])
+    let certificate = region
+        .operate(&["tenant", "delete", "acme", "--grace", "0s"])
         .await?;
-    ensure!(ok, "{certificate}");
-    let file = region.dir.path().join("certificate.json");
-    std::fs::write(&file, &certificate)?;
-    let (file, ca) = (file.display().to_string(), region.dir.path().join("ca.pem"));
-    let ca = ca.display().to_string();
-    let (ok, said) = region
-        .holdfast(&["certificate", "verify", &file, "--ca", &ca])
-        .await?;
+    let (ok, said) = region.verify(&certificate).await?;
     ensure!(ok, "{said}");
     // The objects are many.
     let drill = said.lines().filter(|l| {
