@@ -1,9 +1,9 @@
-# demo: the main job. demo-keys: keys taken away and given back. test: everything. bench: beside etcd. check: style and licences.
+# demo: the main job. demo-keys: keys taken away and given back. test: everything. bench: beside etcd. bench-keys: what seals, resumptions and rotations cost. check: style and licences.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/holdfast/target
 CARGO = cargo --locked
 
 # advisories: known vulnerabilities of the libraries.
-.PHONY: demo demo-keys test bench check advisories build setup-build setup-test
+.PHONY: demo demo-keys test bench bench-keys check advisories build setup-build setup-test
 
 setup-build:
 	@tools/setup build
@@ -21,6 +21,8 @@ test: setup-test build
 bench: setup-test build
 	$(CARGO_TARGET_DIR)/release/bench
 	$(CARGO_TARGET_DIR)/release/bench_restore
+bench-keys: setup-test build
+	$(CARGO_TARGET_DIR)/release/bench_keys
 check: setup-build
 	cargo fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings

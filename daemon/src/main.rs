@@ -46,10 +46,10 @@ enum Command {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    kms::guarded::forbid_dumps();
+    let forbidden = kms::guarded::forbid_dumps();
     let _ = rustls::crypto::ring::default_provider().install_default();
     let ended = match Arguments::parse().command {
-        Command::Run { config } => run(config).await,
+        Command::Run { config } => run(config, forbidden).await,
         Command::Dev { dir, port } => run_dev(dir, port).await,
     };
     match ended {
@@ -71,9 +71,13 @@ async fn until_stopped() -> Result<(), String> {
     Ok(())
 }
 
-async fn run(path: PathBuf) -> Result<(), String> {
+/// `no_dumps`: core dumps are forbidden.
+async fn run(path: PathBuf, no_dumps: bool) -> Result<(), String> {
     let config = NodeConfig::load(&path)?;
     logging::start(&config.log);
+    if !no_dumps {
+        tracing::warn!("the kernel does not let this process forbid core dumps");
+    }
     let node = Node::start(config).await?;
     tracing::info!(node = %node.config.name, region = %node.config.region, zone = %node.config.zone, clients = %node.config.client_address, "node is up");
     until_stopped().await?;

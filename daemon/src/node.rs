@@ -27,16 +27,18 @@ use tokio::task::JoinSet;
 
 use crate::config::NodeConfig;
 use crate::directory::events::{self, Pending};
-use crate::directory::records::{LinkRecord, NodeRecord, TenantRecord};
+use crate::directory::records::{KeyTask, LinkRecord, NodeRecord, TenantRecord};
 use crate::directory::{Directory, controller};
 use crate::limits;
 use crate::residency::BucketPlace;
 use crate::server;
 use crate::tenant::key::{KeyReport, KeyStanding};
-use crate::tenant::{Parts, Registry, deletion, rotation};
+use crate::tenant::{Parts, Registry, deletion, rewriting, rotation};
 
 const PEER_CALL: Duration = Duration::from_secs(5);
 pub(crate) const LOOK: Duration = Duration::from_millis(100);
+/// Where restores are tried, below the data directory.
+pub(crate) const DRILL: &str = "drill";
 
 /// What a node asks of another above the groups.
 #[derive(Clone, Serialize, Deserialize)]
@@ -129,6 +131,8 @@ impl Node {
         let at = |what: &str, e: &dyn std::fmt::Display| format!("{what}: {e}");
         let dir = config.data_dir.clone();
         make_private(&dir).map_err(|e| at("data_dir", &e))?;
+        // What a process that died was trying a restore in.
+        let _ = std::fs::remove_dir_all(dir.join(DRILL));
         let id = node_id(&dir)?;
         let tls = NodeTls::load(&config.tls.ca, &config.tls.cert, &config.tls.key, &[])
             .map_err(|e| e.to_string())?;
@@ -326,6 +330,8 @@ impl Node {
         let own = self.clone();
         self.spawn(async move { rotation::keep(own).await });
         let own = self.clone();
+        self.spawn(async move { rewriting::keep(own).await });
+        let own = self.clone();
         self.spawn(async move { own.watch_bucket().await });
         let own = self.clone();
         self.spawn(async move { deletion::keep(own).await });
@@ -435,7 +441,7 @@ impl Node {
     pub async fn key_reports(&self, record: &TenantRecord) -> Vec<(NodeRecord, KeyReport)> {
         let asked = self.placed(record).into_iter().map(|node| async move {
             if node.id == self.id {
-                let report = self.key_report(record.id);
+                let report = self.key_report(record.id).await;
                 return Some((node, report));
             }
             let answer = self
@@ -477,13 +483,21 @@ impl Node {
         Ok(())
     }
 
-    fn key_report(&self, tenant: TenantId) -> KeyReport {
+    async fn key_report(&self, tenant: TenantId) -> KeyReport {
         let name = &self.config.name;
         let Some(tenant) = self.tenants.find(tenant) else {
             return KeyStanding::default().report(name, None);
         };
-        let mut report = tenant.key.report(name, tenant.group().ok().as_deref());
+        let group = tenant.group().ok();
+        let mut report = tenant.key.report(name, group.as_deref());
         let record = tenant.record();
+        if let (Some(KeyTask::Rewrite { generation }), Some(group)) = (&record.key_task, group) {
+            let generation = *generation;
+            let counted =
+                tokio::task::spawn_blocking(move || group.replica().older(generation)).await;
+            report.older = counted.ok().and_then(Result::ok);
+        }
+        report.kept = self.parts.keys.copies(record.id).unwrap_or_default();
         for generation in record.needed() {
             if let Ok(Some(copy)) = self.parts.keys.copy(record.id, generation) {
                 report.copies.push((generation, copy.key.to_string()));
@@ -539,7 +553,7 @@ impl DaemonCalls for Calls {
             }
             Question::TryKey(tenant, key) => serde_json::to_vec(&node.try_key(tenant, &key).await),
             Question::Erase(tenant) => serde_json::to_vec(&node.erase(tenant).await?),
-            Question::Key(tenant) => serde_json::to_vec(&node.key_report(tenant)),
+            Question::Key(tenant) => serde_json::to_vec(&node.key_report(tenant).await),
             Question::Digests(group) => {
                 let group = node
                     .parts

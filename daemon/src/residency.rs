@@ -8,8 +8,6 @@ use crate::directory::records::TenantRecord;
 use crate::node::Node;
 use crate::tenant::key::now_ms;
 
-const FORMAT: u32 = 1;
-
 /// A place where bytes of the tenant, or its key, lie.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -30,7 +28,6 @@ pub struct Place {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Report {
-    pub format: u32,
     pub tenant: String,
     pub id: String,
     pub jurisdiction: Region,
@@ -87,7 +84,6 @@ impl Node {
         self.objects(record, &mut places);
         self.keys(record, &mut places).await;
         Report {
-            format: FORMAT,
             tenant: record.name.clone(),
             id: record.id.to_string(),
             jurisdiction: self.config.region,

@@ -153,12 +153,11 @@ pub fn burn_stack() {
 }
 
 /// From here on no core dump of this process is written, and nobody but root reads its memory.
-pub fn forbid_dumps() {
+/// Answers whether the kernel agrees.
+pub fn forbid_dumps() -> bool {
     // SAFETY: changes an attribute of this process only.
     let done = unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) };
-    if done != 0 {
-        tracing::warn!("the kernel does not let this process forbid core dumps");
-    }
+    done == 0
 }
 
 #[cfg(test)]

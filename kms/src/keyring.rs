@@ -74,10 +74,19 @@ impl TenantKeys {
             .or_insert_with(|| Arc::new(key));
     }
 
-    /// Seals new bytes under `generation` from now on, if it is held.
-    pub fn seal_under(&self, generation: u32) {
+    /// Seals under `generation`, if it is held. Before anything is sealed.
+    pub fn begin_under(&self, generation: u32) {
         if self.generation(generation).is_some() {
             self.sealing.store(generation, Ordering::Release);
+        }
+    }
+
+    /// Seals new bytes under `generation` from now on, if it is held and newer than the one that
+    /// seals: whoever has moved to a generation never goes back, so that an older one can be
+    /// destroyed.
+    pub fn seal_under(&self, generation: u32) {
+        if self.generation(generation).is_some() {
+            self.sealing.fetch_max(generation, Ordering::AcqRel);
         }
     }
 

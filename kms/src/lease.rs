@@ -41,14 +41,6 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// A lease from a proof for which the KMS was asked at `sent`.
-    pub fn new(sent: Duration, grace: Duration) -> Self {
-        let lease = Lease::default();
-        lease.set_grace(grace);
-        lease.proven(sent);
-        lease
-    }
-
     pub fn set_grace(&self, grace: Duration) {
         let grace = grace.as_millis() as u64;
         self.grace.store(grace, Ordering::Relaxed);
@@ -142,16 +134,24 @@ impl Probe {
 mod tests {
     use super::*;
 
+    /// A lease from a proof for which the KMS was asked at `sent`.
+    fn lease(sent: Duration, grace: Duration) -> Lease {
+        let lease = Lease::default();
+        lease.set_grace(grace);
+        lease.proven(sent);
+        lease
+    }
+
     const SECOND: Duration = Duration::from_secs(1);
 
     #[test]
     fn a_lease_counts_from_the_question_and_grace_from_the_proof() {
         let now = boottime();
         let minute = Duration::from_secs(60);
-        let fresh = Lease::new(now, 10 * minute);
+        let fresh = lease(now, 10 * minute);
         assert!(fresh.holds());
         // Nobody asked for longer than the lease: grace does not help.
-        let stale = Lease::new(now.saturating_sub(LEASE + SECOND), 10 * minute);
+        let stale = lease(now.saturating_sub(LEASE + SECOND), 10 * minute);
         assert!(!stale.holds());
         // Asked and not answered: it holds for the grace, and no longer.
         stale.unproven(now);

@@ -50,6 +50,14 @@ impl Meter {
             at
         };
         tokio::time::sleep_until(at).await;
+        // Whoever has waited for a turn waits for a pause that began meanwhile as well.
+        loop {
+            let until = self.state.lock().paused_until;
+            if until <= Instant::now() {
+                break;
+            }
+            tokio::time::sleep_until(until).await;
+        }
         self.calls.fetch_add(1, Ordering::Relaxed);
     }
 

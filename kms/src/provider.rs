@@ -1,8 +1,9 @@
 //! The KMS behind one trait: wrap and unwrap under a customer's key, with an exact context.
 //!
-//! An error says which of three things happened, because they are acted upon differently: the KMS
+//! An error says what happened, because it is acted upon differently: the KMS
 //! *refused* (proof that the key was taken away), it *could not be asked* (no proof of anything),
-//! or the ciphertext does not belong to this key and context (swapped or damaged).
+//! the ciphertext does not belong to this key and context (swapped or damaged), the key lies outside the
+//! jurisdiction, or it cannot be asked for here at all.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
 //! Wrapped data keys: objects of their own in the bucket, `tenants/<id>/keys/<generation>`, and a
-//! copy in a file on each node that holds a replica.
+//! copy in a file on each node that holds a replica, and on the one where it was made.
 //!
 //! A generation is durable in the bucket before the first byte is sealed under it. Wrapped keys
 //! are never in a log, a checkpoint or a chain, so that destroying them destroys the tenant. The
@@ -393,26 +393,57 @@ impl WrappedKeyStore {
         // Under the lock, which `keep` takes too.
         let mut shredded = self.shredded.lock();
         let gone = shredded.entry(tenant).or_default();
-        let listed = match std::fs::read_dir(&self.dir) {
-            Ok(listed) => listed,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(gone.clone()),
-            Err(e) => return Err(e),
-        };
-        for entry in listed {
-            let entry = entry?;
-            let name = entry.file_name().to_string_lossy().into_owned();
-            // A write that was cut short left a temporary file beside it.
-            if name.starts_with(&format!("{tenant}-")) {
-                let file = std::fs::OpenOptions::new().write(true).open(entry.path())?;
-                let zeros = vec![0u8; file.metadata()?.len() as usize];
-                std::os::unix::fs::FileExt::write_all_at(&file, &zeros, 0)?;
-                file.sync_all()?;
-                std::fs::remove_file(entry.path())?;
-                gone.push(name);
-            }
+        let files = self.files(tenant)?;
+        if files.is_empty() {
+            return Ok(gone.clone());
+        }
+        for (_, file) in files {
+            overwrite(&file)?;
+            let name = file.file_name().unwrap_or_default();
+            gone.push(name.to_string_lossy().into_owned());
         }
         std::fs::File::open(&self.dir)?.sync_all()?;
         Ok(gone.clone())
+    }
+
+    /// Destroys this node's copies of a tenant's generations before `oldest`.
+    pub fn forget_before(&self, tenant: TenantId, oldest: u32) -> Result<(), WrappedKeyError> {
+        let forget = || {
+            let mut files = self.files(tenant)?;
+            files.retain(|(generation, _)| *generation < oldest);
+            for (_, file) in &files {
+                overwrite(file)?;
+            }
+            match files.is_empty() {
+                true => Ok(()),
+                false => std::fs::File::open(&self.dir)?.sync_all(),
+            }
+        };
+        forget().map_err(|e| file_error(&self.dir, &e))
+    }
+
+    /// Files of a tenant's generations. A write that was cut short left a temporary one beside them.
+    fn files(&self, tenant: TenantId) -> std::io::Result<Vec<(u32, PathBuf)>> {
+        let listed = match std::fs::read_dir(&self.dir) {
+            Ok(listed) => listed,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(e),
+        };
+        let mut files = Vec::new();
+        for entry in listed {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let rest = name.strip_prefix(&format!("{tenant}-"));
+            if let Some(generation) = rest.and_then(|rest| rest.split('.').next()?.parse().ok()) {
+                files.push((generation, entry.path()));
+            }
+        }
+        Ok(files)
+    }
+
+    /// Generations of which this node has a copy.
+    pub fn copies(&self, tenant: TenantId) -> std::io::Result<Vec<u32>> {
+        Ok(self.files(tenant)?.into_iter().map(|(n, _)| n).collect())
     }
 
     /// Keeps a generation on this node, which is known to open, in the place of an older copy.
@@ -426,6 +457,15 @@ impl WrappedKeyStore {
             .and_then(|()| write_private(&file, &to_json(key)))
             .map_err(|e| file_error(&file, &e))
     }
+}
+
+/// Overwrites a file, then removes it.
+fn overwrite(path: &Path) -> std::io::Result<()> {
+    let file = std::fs::OpenOptions::new().write(true).open(path)?;
+    let zeros = vec![0u8; file.metadata()?.len() as usize];
+    std::os::unix::fs::FileExt::write_all_at(&file, &zeros, 0)?;
+    file.sync_all()?;
+    std::fs::remove_file(path)
 }
 
 fn store_error(object: &ObjectPath, e: &object_store::Error) -> WrappedKeyError {

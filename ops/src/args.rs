@@ -24,7 +24,7 @@ pub enum Command {
         #[command(subcommand)]
         command: KeyfileCommand,
     },
-    /// Tenants: create, list, show.
+    /// Tenants: create, list, show, set, delete, undelete.
     Tenant {
         #[command(subcommand)]
         command: TenantCommand,
@@ -155,7 +155,13 @@ pub enum CertificateCommand {
 #[derive(Subcommand)]
 pub enum KeyCommand {
     /// Makes a new data key: new writes use it at once, what is older stays readable.
-    Rotate { tenant: String },
+    Rotate {
+        tenant: String,
+        /// Moves everything to the new generation, and destroys the older ones: files, log and
+        /// archive, which begins anew at a checkpoint.
+        #[arg(long)]
+        rewrite: bool,
+    },
     /// Moves the tenant to another KMS key, of any provider. Once it is done the old key can go.
     Change {
         tenant: String,

@@ -14,7 +14,7 @@ use crate::args::CertificateCommand;
 use crate::table;
 use crate::tenant::said;
 
-/// Prints the report; fails if anything is not known to lie inside the jurisdiction.
+/// Prints the report; fails if anything lies outside the jurisdiction, or did not say where it lies.
 pub async fn run(config: &Path, tenant: String, json: bool) -> Result<ExitCode, String> {
     let mut client = OperatorConfig::load(config)?.connect().await?;
     let request = ResidencyRequest { name: tenant };

@@ -171,7 +171,7 @@ pub fn show(t: &Tenant) {
     for report in &t.key_reports {
         println!("key on {}: {}", report.node, standing(report));
     }
-    if let Some(ms) = sealed_within(&t.key_reports) {
+    if let Some(ms) = sealed_within(t) {
         println!(
             "sealed on all nodes {} after the KMS first refused",
             table::duration(ms)
@@ -203,6 +203,12 @@ fn standing(report: &KeyReport) -> String {
     if !report.unproven.is_empty() {
         text.push_str(&format!("; now {}", report.unproven));
     }
+    if report.older_bytes + report.older_entries > 0 {
+        text.push_str(&format!(
+            "; {} of {} bytes and {} log entries are under older generations",
+            report.older_bytes, report.of_bytes, report.older_entries
+        ));
+    }
     if report.resumed_ms > report.sealed_ms {
         let sealed = report.resumed_ms - report.sealed_ms;
         text.push_str(&format!("; was sealed for {}", table::duration(sealed)));
@@ -211,9 +217,10 @@ fn standing(report: &KeyReport) -> String {
 }
 
 /// From the first refusal that a node saw to the last node's sealing, if all are sealed.
-fn sealed_within(reports: &[KeyReport]) -> Option<u64> {
+fn sealed_within(tenant: &Tenant) -> Option<u64> {
+    let reports = &tenant.key_reports;
     let sealed = |r: &KeyReport| !r.sealed.is_empty() && r.refused_ms > r.resumed_ms;
-    if reports.is_empty() || !reports.iter().all(sealed) {
+    if reports.len() < tenant.placement.len() || !reports.iter().all(sealed) {
         return None;
     }
     let first = reports.iter().map(|r| r.refused_ms).min()?;

@@ -86,7 +86,6 @@ pub enum Mode {
 pub struct Proxy {
     pub endpoint: String,
     mode: Arc<Mutex<Mode>>,
-    calls: Arc<Mutex<Vec<Instant>>>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -102,32 +101,25 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let endpoint = format!("http://{}", listener.local_addr()?);
         let mode = Arc::new(Mutex::new(Mode::Pass));
-        let calls = Arc::new(Mutex::new(Vec::new()));
-        let (own, count) = (mode.clone(), calls.clone());
+        let own = mode.clone();
         let task = tokio::spawn(async move {
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((client, _)) = listener.accept().await {
-                let (mode, calls, upstream) = (own.clone(), count.clone(), upstream.clone());
+                let (mode, upstream) = (own.clone(), upstream.clone());
                 connections.spawn(async move {
-                    let _ = serve(client, &upstream, &mode, &calls).await;
+                    let _ = serve(client, &upstream, &mode).await;
                 });
             }
         });
         Ok(Proxy {
             endpoint,
             mode,
-            calls,
             task,
         })
     }
 
     pub fn set(&self, mode: Mode) {
         *self.mode.lock() = mode;
-    }
-
-    /// When each call arrived.
-    pub fn calls(&self) -> Vec<Instant> {
-        self.calls.lock().clone()
     }
 }
 
@@ -154,17 +146,11 @@ async fn message(from: &mut TcpStream) -> std::io::Result<Vec<u8>> {
     }
 }
 
-async fn serve(
-    mut client: TcpStream,
-    upstream: &str,
-    mode: &Mutex<Mode>,
-    calls: &Mutex<Vec<Instant>>,
-) -> std::io::Result<()> {
+async fn serve(mut client: TcpStream, upstream: &str, mode: &Mutex<Mode>) -> std::io::Result<()> {
     let request = message(&mut client).await?;
     if request.is_empty() {
         return Ok(());
     }
-    calls.lock().push(Instant::now());
     let names = |arn: &str| request.windows(arn.len()).any(|w| w == arn.as_bytes());
     let now = mode.lock().clone();
     let refusal = match &now {

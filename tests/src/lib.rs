@@ -1,16 +1,20 @@
 //! What tests, demo and benchmarks share: regions of real processes, test servers, a load.
 
 pub mod debian;
+pub mod failpoint;
 pub mod forgetful;
 pub mod history;
 pub mod kms;
 pub mod linear;
+pub mod load;
 pub mod memory;
 pub mod netns;
+pub mod opened;
 pub mod proxy;
 pub mod region;
 pub mod served;
 pub mod servers;
+pub mod writer;
 
 use std::path::PathBuf;
 

@@ -405,7 +405,7 @@ impl Region {
         self.client_at(name, &[0, 1, 2]).await
     }
 
-    /// Waits until everything that was acknowledged is in the bucket, and the directory knows it.
+    /// Waits until everything that was acknowledged is in the bucket.
     pub async fn archived(&self, name: &str) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(30);
         loop {
@@ -443,6 +443,24 @@ impl Region {
                 Instant::now() < deadline,
                 "the replicas of {name} differ: {seen:?}"
             );
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// Waits until node 0 says of a tenant what is wanted.
+    pub async fn until(
+        &self,
+        name: &str,
+        within: Duration,
+        wanted: impl Fn(&Tenant) -> bool,
+    ) -> Result<Tenant> {
+        let deadline = Instant::now() + within;
+        loop {
+            let shown = self.tenant(0, name).await?;
+            if wanted(&shown) {
+                return Ok(shown);
+            }
+            ensure!(Instant::now() < deadline, "after {within:?}: {shown:?}");
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }

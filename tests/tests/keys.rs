@@ -1,109 +1,26 @@
 //! Rows 25 to 29: a tenant's key is taken away, given back, not answered for, rotated and changed.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use daemon::proto::admin::Tenant;
+use holdfast_tests::failpoint::interrupted;
 use holdfast_tests::kms::{Mode, Proxy, create_key, schedule_deletion, with_key};
 use holdfast_tests::memory;
+use holdfast_tests::opened::{chain_of, keys_of};
 use holdfast_tests::region::{Region, files_below};
 use holdfast_tests::served::Served;
 use holdfast_tests::servers;
+use holdfast_tests::writer::{Writer, check_all};
 use kms::local::{KeyState, Keyfile};
-use kms::{KeyUri, Providers, Secret, TenantId, TenantKeys, WrappedKey, WrappedKeyStore};
+use kms::{KeyUri, Providers, Secret, TenantId, WrappedKey};
 use replication::GroupId;
-use replication::archive::bucket::Bootstrap;
-use replication::archive::chain::Chain;
 use replication::group::types::{decode_entry, machine_entry};
 use replication::machine::Payload;
 
 /// The bound of the contract.
 const BOUND: Duration = Duration::from_secs(60);
-
-/// Writes numbered keys until told to stop; answers those acknowledged.
-struct Writer {
-    stop: Arc<AtomicBool>,
-    count: Arc<AtomicU64>,
-    task: tokio::task::JoinHandle<Vec<u64>>,
-}
-
-impl Writer {
-    async fn start(region: &Region, tenant: &str) -> Result<Self> {
-        let mut client = region.client(tenant).await?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let count = Arc::new(AtomicU64::new(0));
-        let (stopped, counted) = (stop.clone(), count.clone());
-        let task = tokio::spawn(async move {
-            let mut acknowledged = Vec::new();
-            for n in 0u64.. {
-                if stopped.load(Ordering::Relaxed) {
-                    break;
-                }
-                match client.put(format!("w/{n}"), n.to_string(), None).await {
-                    Ok(_) => {
-                        acknowledged.push(n);
-                        counted.fetch_add(1, Ordering::Relaxed);
-                    }
-                    Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
-                }
-            }
-            acknowledged
-        });
-        Ok(Writer { stop, count, task })
-    }
-
-    /// Waits until this many writes are acknowledged.
-    async fn past(&self, count: u64) -> Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while self.count.load(Ordering::Relaxed) < count {
-            ensure!(Instant::now() < deadline, "not {count} writes in a minute");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        Ok(())
-    }
-
-    async fn stop(self) -> Result<Vec<u64>> {
-        self.stop.store(true, Ordering::Relaxed);
-        Ok(self.task.await?)
-    }
-}
-
-async fn check_all(region: &Region, tenant: &str, acknowledged: &[u64]) -> Result<()> {
-    let mut client = region.client(tenant).await?;
-    for n in acknowledged {
-        let found = client.get(format!("w/{n}"), None).await?;
-        let value = found.kvs().first().map(|kv| kv.value().to_vec());
-        ensure!(
-            value == Some(n.to_string().into_bytes()),
-            "write {n} of {tenant} was acknowledged and is {value:?}"
-        );
-    }
-    Ok(())
-}
-
-/// The keys of a tenant, unwrapped as only the holder of the keyfile can, whatever its state.
-async fn keys_of(region: &Region, id: TenantId) -> Result<TenantKeys> {
-    let config = &region.nodes[0].config;
-    let bucket = config
-        .bucket
-        .open(config.region)
-        .map_err(anyhow::Error::msg)?;
-    let scratch = tempfile::tempdir()?;
-    let store = WrappedKeyStore::new(bucket, scratch.path());
-    let wrapped = store.fetch_all(id).await?;
-    let keyfile = Keyfile::new(scratch.path().join("keys.json"));
-    std::fs::copy(region.keyfile().path(), keyfile.path())?;
-    for wrapped in &wrapped {
-        if let KeyUri::Local(name) = &wrapped.key {
-            keyfile.set_state(name, KeyState::Enabled)?;
-        }
-    }
-    let mut providers = Providers::default();
-    providers.set_local(Arc::new(keyfile), 1000.0);
-    Ok(WrappedKey::unwrap(&wrapped, &providers).await?)
-}
 
 /// Every key that a tenant's data keys came to on its nodes: the data keys themselves, the key of
 /// each file and of each sealer, and the second part of each one's expanded schedule.
@@ -132,15 +49,7 @@ async fn material(region: &Region, tenant: &Tenant) -> Result<Vec<[u8; 32]>> {
     }
     let files = all.len();
     ensure!(files > 3, "no encrypted file of the tenant was found");
-    let config = &region.nodes[0].config;
-    let bucket = config
-        .bucket
-        .open(config.region)
-        .map_err(anyhow::Error::msg)?;
-    let bootstrap = std::fs::read(region.bucket().join("bootstrap.json"))?;
-    let bootstrap = Bootstrap::decode(&bootstrap).map_err(anyhow::Error::msg)?;
-    let directory = keys_of(region, bootstrap.directory).await?;
-    let chain = Chain::new(bucket, directory.archive_key(), group);
+    let chain = chain_of(region, group).await?;
     for number in chain.numbers(0).await? {
         for entry in chain.read(number).await?.entries {
             let entry = decode_entry(&entry).context("an entry of the chain")?;
@@ -360,10 +269,83 @@ async fn a_kms_that_refuses_denies_or_is_silent() -> Result<()> {
     at[2].resumed(BOUND).await?;
     // Throttling is no proof either.
     proxy.set(Mode::Throttle);
-    tokio::time::sleep(Duration::from_secs(10)).await;
-    for clients in &mut at[..2] {
+    for (name, clients) in names.iter().zip(&mut at[..2]) {
+        let throttled = |t: &Tenant| {
+            let reports = t.key_reports.iter();
+            reports
+                .filter(|r| r.unproven.contains("Throttling"))
+                .count()
+                == 3
+        };
+        region.until(name, BOUND, throttled).await?;
         ensure!(clients.refusals().await.iter().all(Option::is_none));
     }
+    Ok(())
+}
+
+/// Row 28: a key that is gone. The tenant is sealed, which is said to be for good; nothing is deleted,
+/// nothing is served or taken in clear, and no restore brings it back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_key_seals_for_good() -> Result<()> {
+    let mut region = Region::started().await?;
+    for name in ["acme", "globex"] {
+        region.create_tenant(name, "enhanced", 200, 60_000).await?;
+        region.client(name).await?.put("k", "v", None).await?;
+        region.archived(name).await?;
+    }
+    let mut at_nodes = Served::connect(&region, "acme").await?;
+    let path = region.keyfile().path().to_path_buf();
+    let mut keys: serde_json::Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+    let gone = keys["keys"].as_object_mut().and_then(|k| k.remove("acme"));
+    ensure!(gone.is_some(), "{keys}");
+    // By a rename: whoever reads it sees the one file or the other.
+    kms::local::write_private(&path, &serde_json::to_vec(&keys)?)?;
+    let permanent = "A deleted key cannot be brought back";
+    at_nodes.sealed(permanent, BOUND).await?;
+    region.kill_all();
+    region.start_all()?;
+    region.serving().await?;
+    at_nodes.sealed(permanent, BOUND).await?;
+    for client in &mut at_nodes.0 {
+        ensure!(client.put("k", "in clear", None).await.is_err());
+    }
+    let (ok, table) = region.lose_and_restore().await?;
+    ensure!(
+        !ok && table.contains("acme is NOT restored") && table.contains("not found"),
+        "{table}"
+    );
+    let found = region.client("globex").await?.get("k", None).await?;
+    ensure!(found.kvs()[0].value() == b"v");
+    Ok(())
+}
+
+/// A node that was stopped while the key was taken away answers nothing when it goes on, not even
+/// what was asked of it meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_node_answers_nothing_on_an_old_proof() -> Result<()> {
+    let region = Region::started().await?;
+    region
+        .create_tenant("acme", "enhanced", 200, 60_000)
+        .await?;
+    region.client("acme").await?.put("k", "v", None).await?;
+    let mut at_nodes = Served::connect(&region, "acme").await?;
+    ensure!(at_nodes.refusals().await.iter().all(Option::is_none));
+    region.nodes[1].pause();
+    region.keyfile().set_state("acme", KeyState::Disabled)?;
+    // Longer than a question counts.
+    tokio::time::sleep(kms::lease::LEASE + Duration::from_secs(1)).await;
+    let mut asked = at_nodes.0[1].clone();
+    let options = etcd_client::GetOptions::new().with_serializable();
+    let asking = tokio::spawn(async move { asked.get("k", Some(options)).await });
+    // It lies in the socket.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    region.nodes[1].resume();
+    let answer = asking.await?;
+    ensure!(
+        answer.is_err(),
+        "it was answered on a proof that is too old"
+    );
+    at_nodes.sealed("disabled", BOUND).await?;
     Ok(())
 }
 
@@ -407,13 +389,8 @@ async fn a_rotation_or_change_goes_on_wherever_it_was_interrupted() -> Result<()
         ("generation-stored", "change"),
         ("generation-announced", "change"),
     ];
-    let mut generation = 3;
     let mut under = 0;
     for (n, (moment, task)) in moments.iter().enumerate() {
-        region.kill_all();
-        region.environment = vec![("HOLDFAST_TEST_KILL_AT".into(), (*moment).into())];
-        region.start_all()?;
-        region.serving().await?;
         let key = format!("local:acme-{}", 3 + under);
         let asked = match *task {
             "rotate" => vec!["key", "rotate", "acme"],
@@ -423,29 +400,10 @@ async fn a_rotation_or_change_goes_on_wherever_it_was_interrupted() -> Result<()
                 vec!["key", "change", "acme", "--key", &key]
             }
         };
-        region.leader("acme").await?;
-        // The leader dies at that moment, and so does who follows it.
-        let asking = region.holdfast(&asked);
-        let _ = tokio::time::timeout(Duration::from_secs(8), asking).await;
-        let mut died = 0;
-        for node in &mut region.nodes {
-            died += usize::from(node.ended().is_some());
-        }
-        ensure!(died > 0, "nobody was killed at {moment}");
-        region.kill_all();
-        region.environment.clear();
-        region.start_all()?;
-        region.serving().await?;
-        generation += 1;
-        let deadline = Instant::now() + Duration::from_secs(60);
-        loop {
-            let shown = region.tenant(0, "acme").await?;
-            if shown.generation == generation && shown.key_task.is_empty() {
-                break;
-            }
-            ensure!(Instant::now() < deadline, "{task} at {moment}: {shown:?}");
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+        let died = interrupted(&mut region, moment, &asked).await?;
+        let generation = n as u32 + 4;
+        let done = |t: &Tenant| t.generation == generation && t.key_task.is_empty();
+        region.until("acme", BOUND, done).await?;
         write(&region, 3 + n as u64).await?;
         println!("{task} killed at {moment} ({died} nodes): done after the restart");
     }

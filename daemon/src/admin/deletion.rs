@@ -60,7 +60,7 @@ impl AdminService {
                 Err(e) if e.code() == tonic::Code::NotFound => return self.certificate(name).await,
                 _ if Instant::now() >= deadline => {
                     return Err(Status::deadline_exceeded(format!(
-                        "tenant {name} is being destroyed and that goes on; a node of its placement may be down. Look with 'holdfast certificate show {name}'"
+                        "tenant {name} is being destroyed and that goes on; a node of the region may be down, or an object locked: look in the log of the node that leads the directory, and with 'holdfast certificate show {name}'"
                     )));
                 }
                 _ => tokio::time::sleep(LOOK).await,

@@ -32,6 +32,9 @@ pub fn message(report: KeyReport) -> KeyReportMessage {
         unproven: report.unproven.unwrap_or_default(),
         held: report.held,
         sealing: report.sealing,
+        older_bytes: report.older.map_or(0, |older| older.bytes),
+        of_bytes: report.older.map_or(0, |older| older.of_bytes),
+        older_entries: report.older.map_or(0, |older| older.entries),
     }
 }
 
@@ -105,12 +108,14 @@ impl AdminService {
         }
     }
 
-    /// Makes a new data key; returns once new writes use it.
-    pub(super) async fn rotate(&self, name: &str) -> Result<TenantMessage, Status> {
+    /// Makes a new data key; returns once new writes use it, and, if everything is to be rewritten,
+    /// while that goes on.
+    pub(super) async fn rotate(&self, name: &str, rewrite: bool) -> Result<TenantMessage, Status> {
         let mut found = self.record(name).await?;
         Self::idle(&found.record)?;
         let task = KeyTask::Rotate {
             generation: found.record.next_generation(),
+            rewrite,
         };
         found.record.key_task = Some(task.clone());
         self.put(&found).await?;
@@ -155,7 +160,10 @@ impl AdminService {
         loop {
             if let Some(tenant) = self.0.tenants.get(name) {
                 let record = tenant.record();
-                if record.generation >= task.generation() && record.key_task.is_none() {
+                let done = record.generation >= task.generation()
+                    && record.key_task.as_ref() != Some(task);
+                // Each node moves to it once it has proven the key.
+                if done && self.seals_under(&record, task.generation()).await {
                     return Ok(self.message(&tenant));
                 }
             }
@@ -167,6 +175,14 @@ impl AdminService {
             }
             tokio::time::sleep(LOOK).await;
         }
+    }
+
+    /// Whether every node that answers and is not sealed seals under `generation`, or a newer one.
+    async fn seals_under(&self, record: &TenantRecord, generation: u32) -> bool {
+        let reports = self.0.key_reports(record).await;
+        reports
+            .iter()
+            .all(|(_, r)| r.sealed.is_some() || r.sealing >= generation)
     }
 
     pub(super) async fn residency_of(&self, name: &str) -> Result<Statement, Status> {

@@ -358,8 +358,10 @@ impl Admin for AdminService {
         request: Request<RotateKeyRequest>,
     ) -> Result<Response<TenantMessage>, Status> {
         self.operator(&request)?;
-        let name = request.into_inner().name;
-        self.rotate(&name).await.map(Response::new)
+        let request = request.into_inner();
+        self.rotate(&request.name, request.rewrite)
+            .await
+            .map(Response::new)
     }
 
     async fn change_key(

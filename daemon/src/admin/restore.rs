@@ -10,7 +10,7 @@
 //! if its group was formed and no node of its placement holds anything of it.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use kms::{Secret, TenantKeys, WrappedKey};
 use object_store::ObjectStoreExt;
@@ -31,6 +31,7 @@ use crate::limits;
 use crate::node::{Node, NodeState};
 use crate::proto::admin::{Outcome, RestoreEvent};
 use crate::tenant;
+use crate::tenant::key::now_ms;
 
 /// How long a node may take to say whether it holds anything of a tenant.
 const SAY_WITHIN: Duration = Duration::from_secs(10);
@@ -71,13 +72,6 @@ pub fn start(node: Arc<Node>, lost_at_ms: u64) -> Result<BoxStream<RestoreEvent>
     Ok(Box::pin(tokio_stream::wrappers::ReceiverStream::new(
         stream,
     )))
-}
-
-fn now_ms() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_millis() as u64
 }
 
 struct Run {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kms::lease::boottime;
-use kms::{KmsError, TenantId, TenantKeys, WrappedKeyError};
+use kms::{TenantId, TenantKeys};
 use replication::engine::EngineError;
 use replication::group::{Group, ScanError};
 
@@ -88,7 +88,7 @@ async fn open_tenant(node: Arc<Node>, tenant: Arc<Tenant>) {
     }
 }
 
-/// Removes what this node holds of incarnations before `id`: nothing refers to them any more.
+/// Removes what is open here of incarnations before `id`: nothing refers to them any more.
 async fn drop_older(node: &Node, id: replication::GroupId) {
     for group in node.parts.groups.all() {
         let old = group.id();
@@ -117,11 +117,8 @@ async fn keys(
             tenant.key.proven(sent);
             Ok(Arc::new(keys))
         }
+        // No time of a refusal or a sealing is noted: that was before this process.
         Err(e) => {
-            if matches!(e, WrappedKeyError::Kms(KmsError::Refused { .. })) {
-                tenant.key.refused();
-            }
-            tenant.key.sealed();
             tracing::error!(tenant = %record.id, error = %e, "ALARM: the tenant is opened sealed");
             Err(reason(&e))
         }

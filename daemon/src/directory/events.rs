@@ -37,6 +37,7 @@ impl Node {
             kind,
             detail,
         };
+        tracing::info!(tenant, kind = kind.name(), detail = event.detail, "event");
         let mut queue = self.events.queue.lock();
         // A directory that is away for long must not fill the memory.
         if queue.len() >= limits::MAX_EVENTS {

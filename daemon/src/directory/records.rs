@@ -1,4 +1,5 @@
-//! Records of the directory, JSON under `/nodes/`, `/tenants/`, `/links/` and `/events/`.
+//! Records of the directory, JSON under `/nodes/`, `/tenants/`, `/links/`, `/deleted/` and
+//! `/events/`.
 
 use std::time::Duration;
 
@@ -120,7 +121,14 @@ pub struct DeletedRecord {
 #[serde(rename_all = "kebab-case")]
 pub enum KeyTask {
     /// A new data key is made.
-    Rotate { generation: u32 },
+    Rotate {
+        generation: u32,
+        /// Then everything is rewritten under it.
+        #[serde(default)]
+        rewrite: bool,
+    },
+    /// Everything older is rewritten under this generation, and those before it are destroyed.
+    Rewrite { generation: u32 },
     /// Every generation is wrapped anew under another KMS key, and a new one made.
     Change { key: KeyUri, generation: u32 },
 }
@@ -129,7 +137,9 @@ impl KeyTask {
     /// The generation that seals once it is done.
     pub fn generation(&self) -> u32 {
         match self {
-            KeyTask::Rotate { generation } | KeyTask::Change { generation, .. } => *generation,
+            KeyTask::Rotate { generation, .. }
+            | KeyTask::Rewrite { generation }
+            | KeyTask::Change { generation, .. } => *generation,
         }
     }
 }
@@ -137,7 +147,10 @@ impl KeyTask {
 impl std::fmt::Display for KeyTask {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            KeyTask::Rotate { generation } => write!(f, "rotating to generation {generation}"),
+            KeyTask::Rotate { generation, .. } => write!(f, "rotating to generation {generation}"),
+            KeyTask::Rewrite { generation } => {
+                write!(f, "rewriting everything under generation {generation}")
+            }
             KeyTask::Change { key, generation } => {
                 write!(f, "changing to key {key}, generation {generation}")
             }
@@ -216,6 +229,8 @@ pub enum EventKind {
     Resumed,
     Rotated,
     KeyChanged,
+    /// Everything is under the newest generation, and the older ones are destroyed.
+    Rewritten,
     /// Something outside the jurisdiction was refused.
     ResidencyRefused,
     /// The grace before its destruction began.
@@ -233,6 +248,7 @@ impl EventKind {
             EventKind::Resumed => "resumed",
             EventKind::Rotated => "rotated",
             EventKind::KeyChanged => "key-changed",
+            EventKind::Rewritten => "rewritten",
             EventKind::ResidencyRefused => "residency-refused",
             EventKind::Deleted => "deleted",
             EventKind::Undeleted => "undeleted",

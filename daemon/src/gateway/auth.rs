@@ -1,6 +1,6 @@
 //! Login: `user@tenant` and a password give a token, which any node of the region can check.
 //!
-//! A token is `tenant id . user . auth revision . expiry . MAC`, the MAC under a secret of the
+//! A token is `tenant name . user (hex) . auth revision . expiry . MAC`, the MAC under a secret of the
 //! tenant. Passwords are kept as argon2id hashes. A token made before the tenant's users last
 //! changed is refused, as etcd refuses it, and clients log in again.
 

@@ -81,9 +81,12 @@ pub fn text(node: &Node) -> String {
         sealed
             .with_label_values(&labels)
             .set(f64::from(u8::from(is_sealed)));
-        proof
-            .with_label_values(&labels)
-            .set(report.proof_age_ms as f64 / 1000.0);
+        // A key is proven where its tenant is open and not sealed.
+        if group.is_some() && !is_sealed {
+            proof
+                .with_label_values(&labels)
+                .set(report.proof_age_ms as f64 / 1000.0);
+        }
         if report.sealed_ms >= report.refused_ms && report.refused_ms > 0 {
             let ms = report.sealed_ms - report.refused_ms;
             took.with_label_values(&labels).set(ms as f64 / 1000.0);

@@ -2,10 +2,10 @@
 //! tried and must fail, then the data, then the certificate.
 //!
 //! Invariants. Nothing is destroyed before the directory says that it is, and from then on nothing is
-//! served or opened. Each step is noted in the certificate's draft, in the bucket, when it is done:
-//! whoever leads the directory after a crash goes on behind it. The certificate is signed only when
-//! every wrapped key in the bucket, in all versions, and on every node of the placement is gone, and
-//! a restore with everything else still there has failed.
+//! served or opened. What is to be destroyed is noted in the certificate's draft, in the bucket,
+//! before it goes; after a crash whoever leads the directory does every step again. The certificate is
+//! signed only when every wrapped key is gone from the bucket, in all versions, and from every node of
+//! the region, and a restore was planned from what the archive still had and found no key.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,7 +25,6 @@ use crate::node::{Node, Question};
 use crate::signed::{self, Kind};
 
 const LOOK: Duration = Duration::from_secs(1);
-const FORMAT: u32 = 1;
 
 #[derive(Serialize)]
 struct Stated {
@@ -52,7 +51,7 @@ pub struct Erased {
     pub at_ms: u64,
 }
 
-/// A restore that was tried with everything that was left but the keys.
+/// A restore that was planned from everything that was left.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Drill {
@@ -67,7 +66,6 @@ pub struct Drill {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Certificate {
-    pub format: u32,
     pub tenant: String,
     pub id: TenantId,
     pub jurisdiction: Region,
@@ -85,7 +83,7 @@ pub struct Certificate {
     pub note: String,
 }
 
-const NOTE: &str = "Ciphertext under the destroyed keys can remain: in objects that are listed with what keeps them, in node logs until their files are reused, in blocks of disks. Nothing opens it. Copies of wrapped keys elsewhere are not covered, such as a backup of the bucket, or the old disk of a node that was replaced: for those, delete the KMS key.";
+const NOTE: &str = "Ciphertext under the destroyed keys can remain: in objects that are listed with what keeps them, in node logs until their files are removed, in blocks of disks. Nothing opens it. Copies of wrapped keys elsewhere are not covered, such as a backup of the bucket, or the old disk of a node that was replaced: for those, delete the KMS key.";
 
 /// Where a tenant's certificate, and its draft, lie in the bucket.
 pub fn certificate_path(id: TenantId) -> Path {
@@ -275,7 +273,6 @@ async fn draft(node: &Node, record: &TenantRecord) -> Result<Certificate, String
         key: key.key,
     };
     let draft = Certificate {
-        format: FORMAT,
         tenant: record.name.clone(),
         id: record.id,
         jurisdiction: node.config.region,

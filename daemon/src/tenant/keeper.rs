@@ -4,7 +4,8 @@
 //! Invariants. A refusal by the KMS seals the tenant at once, on this node, by this node's own
 //! question; what another node says only makes it ask earlier. No answer is not a refusal: the
 //! tenant is served for its grace, counted from the last proof. Nothing is deleted, whatever the KMS
-//! says. One tenant's keeper waits for no other's.
+//! says. One tenant's keeper waits for no other's, but
+//! for its turn at the provider's meter.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,7 +26,7 @@ const AGAIN: Duration = Duration::from_secs(5);
 const MAX_GIVEN_WAY: u32 = 4;
 /// How long a suspected damage may take to be withdrawn.
 const QUARANTINE: Duration = Duration::from_secs(30);
-/// A sealed tenant's key is tried at once, then ever more seldom, down to the interval.
+/// A sealed tenant's key is tried after this, then ever more seldom, down to the interval.
 const FIRST_TRY: Duration = Duration::from_secs(1);
 
 pub struct Keeper {
@@ -97,6 +98,7 @@ impl Keeper {
 
     async fn prove(&mut self) -> Duration {
         let record = self.tenant.record();
+        let asked = boottime();
         match self.ask(&record).await {
             Ok(sent) => {
                 self.tenant.key.proven(sent);
@@ -118,7 +120,7 @@ impl Keeper {
                 // Of a ciphertext that it cannot read, a KMS says nothing about the key.
                 self.probe = None;
                 let (why, grace) = (e.to_string(), record.key_grace_s);
-                if self.tenant.key.unproven(&why) {
+                if self.tenant.key.unproven(asked, &why) {
                     tracing::error!(tenant = %record.id, %why, grace_s = grace, "ALARM: the tenant's key cannot be proven; it is served for its grace");
                     let detail = format!("{why}; sealed after a grace of {grace} s");
                     self.node.event(&record, EventKind::KeyUnproven, detail);
@@ -168,6 +170,7 @@ impl Keeper {
         keys.seal_under(record.generation);
         if let Some(oldest) = needed.first() {
             keys.drop_before(*oldest);
+            parts.keys.forget_before(record.id, *oldest)?;
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ use kms::Lease;
 use kms::lease::boottime;
 use parking_lot::Mutex;
 use replication::group::Group;
+use replication::group::rewriting::Older;
 use serde::{Deserialize, Serialize};
 
 /// Milliseconds since 1970.
@@ -24,7 +25,8 @@ pub struct KeyReport {
     pub refused_ms: u64,
     pub sealed_ms: u64,
     pub resumed_ms: u64,
-    /// Milliseconds since the KMS was asked and last proved the key usable.
+    /// Milliseconds since the KMS was asked and last proved the key usable; since the machine
+    /// started, if it never did.
     pub proof_age_ms: u64,
     /// Why the KMS did not answer when it was last asked; none if it did.
     pub unproven: Option<String>,
@@ -33,6 +35,10 @@ pub struct KeyReport {
     pub sealing: u32,
     /// The KMS keys that this node's copies of wrapped generations are under.
     pub copies: Vec<(u32, String)>,
+    /// Generations of which this node has a copy, needed or not.
+    pub kept: Vec<u32>,
+    /// While everything is rewritten: what is still under older generations.
+    pub older: Option<Older>,
 }
 
 #[derive(Default)]
@@ -75,9 +81,9 @@ impl KeyStanding {
         self.times.lock().unproven = None;
     }
 
-    /// It was asked and proved nothing. Answers whether this is news.
-    pub fn unproven(&self, why: &str) -> bool {
-        self.lease.unproven(boottime());
+    /// It was asked at `sent` and proved nothing. Answers whether this is news.
+    pub fn unproven(&self, sent: Duration, why: &str) -> bool {
+        self.lease.unproven(sent);
         let known = self.times.lock().unproven.replace(why.to_string());
         known.is_none()
     }
@@ -113,6 +119,8 @@ impl KeyStanding {
             held: keys.as_ref().map(|k| k.held()).unwrap_or_default(),
             sealing: keys.map_or(0, |k| k.sealing()),
             copies: Vec::new(),
+            kept: Vec::new(),
+            older: None,
         }
     }
 }

@@ -3,6 +3,7 @@
 pub mod deletion;
 pub mod keeper;
 pub mod key;
+pub mod rewriting;
 pub mod rotation;
 
 use std::collections::HashMap;
@@ -97,7 +98,7 @@ pub async fn wrapped(parts: &Parts, record: &TenantRecord) -> Result<TenantKeys,
     let keys = WrappedKey::unwrap(&wrapped, &parts.providers).await?;
     // Kept only now that each is known to open.
     wrapped.iter().try_for_each(|key| parts.keys.keep(key))?;
-    keys.seal_under(record.generation);
+    keys.begin_under(record.generation);
     Ok(keys)
 }
 

@@ -1,5 +1,5 @@
 //! Going on with what a tenant's record says is being done with its key: a rotation, or a change to
-//! another KMS key.
+//! another KMS key. (Rewriting under the newest generation is `rewriting`'s.)
 //!
 //! Invariants. The record names the task and its generation before anything is made, and each step
 //! can be done again: whoever leads the tenant's group after a crash goes on. A generation is in the
@@ -28,7 +28,7 @@ const HELD_LOOK: Duration = Duration::from_millis(50);
 const DAY_MS: u64 = 24 * 3600 * 1000;
 
 #[derive(Debug, thiserror::Error)]
-enum TaskError {
+pub(super) enum TaskError {
     #[error(transparent)]
     Key(#[from] WrappedKeyError),
     #[error(transparent)]
@@ -69,6 +69,7 @@ async fn schedule(node: &Node, tenant: &Tenant) {
     }
     record.key_task = Some(KeyTask::Rotate {
         generation: record.next_generation(),
+        rewrite: false,
     });
     // Whoever changed the record meanwhile is not overwritten.
     if let Err(e) = change(node, &tenant.record(), |r| r.clone_from(&record)).await {
@@ -77,7 +78,7 @@ async fn schedule(node: &Node, tenant: &Tenant) {
 }
 
 /// Changes the tenant's record, if it is still the one that this node knows.
-async fn change(
+pub(super) async fn change(
     node: &Node,
     known: &TenantRecord,
     with: impl FnOnce(&mut TenantRecord),
@@ -101,8 +102,9 @@ async fn go_on(
     task: &KeyTask,
 ) -> Result<(), TaskError> {
     let (generation, key) = match task {
-        KeyTask::Rotate { generation } => (*generation, record.key.clone()),
+        KeyTask::Rotate { generation, .. } => (*generation, record.key.clone()),
         KeyTask::Change { key, generation } => (*generation, key.clone()),
+        KeyTask::Rewrite { .. } => return Ok(()),
     };
     failpoint("key-task-begun");
     stands(node, record).await?;
@@ -133,14 +135,17 @@ async fn go_on(
         r.generation = generation;
         r.fingerprint.clone_from(&made.fingerprint);
         r.rotated_ms = now_ms();
-        r.key_task = None;
+        r.key_task = match task {
+            KeyTask::Rotate { rewrite: true, .. } => Some(KeyTask::Rewrite { generation }),
+            _ => None,
+        };
     })
     .await?;
     failpoint("key-task-done");
     tracing::info!(tenant = %done.id, generation, "new writes are sealed under a new key generation");
     let kind = match task {
-        KeyTask::Rotate { .. } => EventKind::Rotated,
         KeyTask::Change { .. } => EventKind::KeyChanged,
+        _ => EventKind::Rotated,
     };
     node.event(&done, kind, format!("generation {generation}, key {key}"));
     Ok(())
@@ -148,7 +153,7 @@ async fn go_on(
 
 /// The record as the directory has it now must be the one that this node goes on with: a leader that
 /// was cut off, or stopped for a while, must not write over what another has done since.
-async fn stands(node: &Node, record: &TenantRecord) -> Result<(), TaskError> {
+pub(super) async fn stands(node: &Node, record: &TenantRecord) -> Result<(), TaskError> {
     let directory = node
         .directory()
         .ok_or_else(|| DirectoryError::Conflict("the directory is not open".into()))?;

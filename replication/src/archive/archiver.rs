@@ -15,9 +15,8 @@ use tokio::time::Instant;
 use super::chain::{Chain, ChainError, Created, Tail};
 use super::checkpoint::{self, Manifest};
 use super::link::{Header, LinkState};
-use crate::Position;
 use crate::group::{Checkpoint, Group};
-use crate::machine::{Standing, State};
+use crate::machine::Standing;
 
 /// A link is cut at this size, if its time has not come before.
 const MAX_LINK: usize = 4 << 20;
@@ -34,7 +33,7 @@ const FIRST_LOOK: Duration = Duration::from_secs(2);
 /// How often an idle leader looks whether its chain was closed.
 const LOOK: Duration = Duration::from_secs(5);
 
-/// Told of each link that this node created or adopted.
+/// Told of each link that this node created, or adopted in the place of its own.
 pub type Report = Arc<dyn Fn(crate::GroupId, &Tail) + Send + Sync>;
 
 pub struct Archiver {
@@ -192,7 +191,8 @@ impl Archiver {
         };
         tracing::error!(group = %group.id(), from = tail.last_index() + 1, to = position.index, "these entries were purged before they were archived: a checkpoint takes their place, and no moment between can be restored");
         let state = checkpoint.state;
-        let manifest = self.manifest(&state, position, tail.number, tail.hash.clone());
+        let behind = (tail.number, tail.hash.clone());
+        let manifest = Manifest::new(self.chain.group(), &state, position, behind);
         checkpoint::upload(&self.chain, checkpoint.files, manifest).await?;
         let header = Header {
             term: self.term(group),
@@ -201,25 +201,6 @@ impl Archiver {
             ..self.blank()
         };
         self.create(group, tail, header, &[]).await
-    }
-
-    fn manifest(
-        &self,
-        state: &State,
-        position: Position,
-        link: u64,
-        link_hash: String,
-    ) -> Manifest {
-        Manifest {
-            format: checkpoint::FORMAT,
-            group: self.chain.group(),
-            link,
-            link_hash,
-            position,
-            revision: state.revision,
-            digests: state.digests,
-            files: Vec::new(),
-        }
     }
 
     /// Waits until the link is due or full; answers the newest state to ship.
@@ -373,7 +354,8 @@ impl Archiver {
         else {
             return Ok(false);
         };
-        let manifest = self.manifest(&state, position, *link, hash.clone());
+        let behind = (*link, hash.clone());
+        let manifest = Manifest::new(self.chain.group(), &state, position, behind);
         checkpoint::upload(&self.chain, files, manifest).await?;
         *uploaded = position.index;
         tracing::info!(group = %group.id(), at = %position, "a checkpoint is in the bucket");

@@ -2,7 +2,7 @@
 //!
 //! `bootstrap.json` | `tenants/<id>/keys/<generation>` | `tenants/<id>/<incarnation>/chain/<n>` |
 //! `tenants/<id>/<incarnation>/checkpoints/<n>-<writer>` | `tenants/<id>/files/<hash>` |
-//! `certificates/<id>.json`
+//! `certificates/<id>.json`, while it is made `certificates/<id>.draft.json`
 
 use std::sync::Arc;
 use std::time::Duration;

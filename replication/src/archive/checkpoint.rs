@@ -10,12 +10,14 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use kms::Secret;
+use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, WriteMultipart};
 use serde::{Deserialize, Serialize};
 
 use super::bucket::{checkpoints_dir, file_path};
 use super::chain::{Chain, ChainError};
 use super::link::LinkError;
+use crate::machine::State;
 use crate::mvcc::digest::Digests;
 use crate::{GroupId, Position};
 
@@ -45,6 +47,23 @@ pub struct Manifest {
     pub revision: i64,
     pub digests: Digests,
     pub files: Vec<ManifestFile>,
+}
+
+impl Manifest {
+    /// Of a checkpoint at `position`, behind a link that it covers. Its files are listed as they are
+    /// uploaded.
+    pub fn new(group: GroupId, state: &State, position: Position, behind: (u64, String)) -> Self {
+        Manifest {
+            format: FORMAT,
+            group,
+            link: behind.0,
+            link_hash: behind.1,
+            position,
+            revision: state.revision,
+            digests: state.digests,
+            files: Vec::new(),
+        }
+    }
 }
 
 /// `manifest (JSON) | MAC (32)`.
@@ -121,12 +140,12 @@ async fn upload_file(
     Ok(file)
 }
 
-/// Uploads the files of a checkpoint, then its manifest. `manifest.files` is filled here.
+/// Uploads the files of a checkpoint, then its manifest; answers that, with its files, and its name.
 pub async fn upload(
     chain: &Chain,
     mut files: Vec<(String, File)>,
     mut manifest: Manifest,
-) -> Result<(), ChainError> {
+) -> Result<(Path, Manifest), ChainError> {
     files.sort_by(|a, b| a.0.cmp(&b.0));
     let group = manifest.group;
     let bucket = chain.bucket();
@@ -144,17 +163,15 @@ pub async fn upload(
     let put = bucket
         .put_opts(&object, PutPayload::from(bytes), PutMode::Create.into())
         .await;
-    put.map(drop).map_err(|cause| ChainError::Store {
+    put.map_err(|cause| ChainError::Store {
         object: object.to_string(),
         cause,
-    })
+    })?;
+    Ok((object, manifest))
 }
 
 /// Names of a group's manifests, newest first.
-pub async fn list(
-    bucket: &Arc<dyn ObjectStore>,
-    group: GroupId,
-) -> Result<Vec<object_store::path::Path>, ChainError> {
+pub async fn list(bucket: &Arc<dyn ObjectStore>, group: GroupId) -> Result<Vec<Path>, ChainError> {
     let dir = checkpoints_dir(group);
     let found: Vec<_> = bucket
         .list(Some(&dir))
@@ -171,7 +188,7 @@ pub async fn list(
 }
 
 /// The link that a manifest's name says it stands at.
-pub fn link_of(name: &object_store::path::Path) -> Option<u64> {
+pub fn link_of(name: &Path) -> Option<u64> {
     name.filename()?.split('-').next()?.parse().ok()
 }
 

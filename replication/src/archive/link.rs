@@ -55,7 +55,8 @@ pub struct Header {
     /// The last position that this link and those before it cover.
     pub last: Option<Position>,
     pub entries: u32,
-    /// State at `last`; absent when `last` is not where a batch ended.
+    /// State at `last`; absent when `last` is not where a batch ended, or passed while the tenant was
+    /// sealed.
     pub state: Option<LinkState>,
     /// Milliseconds since 1970.
     pub written_ms: u64,

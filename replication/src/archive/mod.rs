@@ -11,4 +11,5 @@ pub mod chain;
 pub mod checkpoint;
 pub mod ledger;
 pub mod link;
+pub mod rewriting;
 pub mod s3;

@@ -60,7 +60,7 @@ pub async fn find(
     store: &Arc<dyn ObjectStore>,
     prefix: &str,
 ) -> Result<Vec<Destroyed>, String> {
-    each(config, store, prefix, false).await
+    each(config, store, prefix, &|_| false).await
 }
 
 /// Deletes every version of every object below `prefix`.
@@ -69,14 +69,28 @@ pub async fn destroy(
     store: &Arc<dyn ObjectStore>,
     prefix: &str,
 ) -> Result<Vec<Destroyed>, String> {
-    each(config, store, prefix, true).await
+    let gone = each(config, store, prefix, &|_| true).await?;
+    sweep(config, prefix)?;
+    Ok(gone)
+}
+
+/// Deletes every version of the objects below `prefix` that `which` names.
+pub async fn destroy_some(
+    config: &BucketConfig,
+    store: &Arc<dyn ObjectStore>,
+    prefix: &str,
+    which: &(dyn Fn(&str) -> bool + Sync),
+) -> Result<Vec<Destroyed>, String> {
+    let mut gone = each(config, store, prefix, which).await?;
+    gone.retain(|found| which(&found.object));
+    Ok(gone)
 }
 
 async fn each(
     config: &BucketConfig,
     store: &Arc<dyn ObjectStore>,
     prefix: &str,
-    delete: bool,
+    delete: &(dyn Fn(&str) -> bool + Sync),
 ) -> Result<Vec<Destroyed>, String> {
     let url = Url::parse(&config.url).map_err(|e| e.to_string())?;
     match (url.scheme(), url.host_str(), &config.cloud_region) {
@@ -85,19 +99,14 @@ async fn each(
             let root = url.path().trim_matches('/');
             each_version(&client, bucket, root, prefix, delete).await
         }
-        _ => {
-            let found = each_file(store, prefix, delete).await?;
-            if delete {
-                sweep(&url, prefix)?;
-            }
-            Ok(found)
-        }
+        _ => each_file(store, prefix, delete).await,
     }
 }
 
 /// What a process that died in the middle of a write left beside the objects of a directory; the
 /// store's library does not list it.
-fn sweep(url: &Url, prefix: &str) -> Result<(), String> {
+fn sweep(config: &BucketConfig, prefix: &str) -> Result<(), String> {
+    let url = Url::parse(&config.url).map_err(|e| e.to_string())?;
     let Ok(root) = url.to_file_path() else {
         return Ok(());
     };
@@ -112,7 +121,7 @@ fn sweep(url: &Url, prefix: &str) -> Result<(), String> {
 async fn each_file(
     store: &Arc<dyn ObjectStore>,
     prefix: &str,
-    delete: bool,
+    delete: &(dyn Fn(&str) -> bool + Sync),
 ) -> Result<Vec<Destroyed>, String> {
     let dir = Path::from(prefix);
     let found: Vec<_> = store
@@ -122,7 +131,7 @@ async fn each_file(
         .map_err(|e| e.to_string())?;
     let mut gone = Vec::new();
     for object in found {
-        if delete {
+        if delete(object.location.as_ref()) {
             let deleted = store.delete(&object.location).await;
             deleted.map_err(|e| e.to_string())?;
         }
@@ -140,7 +149,7 @@ async fn each_version(
     bucket: &str,
     root: &str,
     prefix: &str,
-    delete: bool,
+    delete: &(dyn Fn(&str) -> bool + Sync),
 ) -> Result<Vec<Destroyed>, String> {
     let root = match root.is_empty() {
         true => String::new(),
@@ -170,7 +179,7 @@ async fn each_version(
                 left: String::new(),
             });
             entry.versions += 1;
-            if !delete {
+            if !delete(&entry.object) {
                 continue;
             }
             let deleted = client

@@ -6,6 +6,7 @@
 //! that the canary test can show that it would find plaintext.
 #![allow(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::ffi::{c_char, c_int, c_void};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -65,20 +66,41 @@ fn file_cipher(keys: &TenantKeys, prefix: &[u8]) -> Option<Guarded<Aes256>> {
     Some(Guarded::new(|| Aes256::new(key.expose().into())))
 }
 
-/// A generation that a file of `dir` is under and `keys` does not hold.
-pub fn missing_generation(dir: &Path, keys: &TenantKeys) -> io::Result<Option<u32>> {
+/// How much of a file tells its generation.
+pub const HEAD: usize = 13;
+
+/// The generation that a file is under, by its first `HEAD` bytes; none if it is not encrypted.
+pub fn generation_of(head: &[u8]) -> Option<u32> {
+    let head = head.get(..HEAD).filter(|head| head.starts_with(MAGIC))?;
+    Some(u32::from_be_bytes(
+        head[9..].try_into().expect("4 bytes are left"),
+    ))
+}
+
+/// Bytes of the files in `dir` by the generation that each is under.
+pub fn generations(dir: &Path) -> io::Result<BTreeMap<u32, u64>> {
+    let mut found = BTreeMap::new();
     for entry in fs::read_dir(dir)? {
-        let mut head = [0u8; 13];
-        let file = fs::File::open(entry?.path())?;
-        if file.read_exact_at(&mut head, 0).is_err() || &head[..8] != MAGIC {
-            continue;
-        }
-        let generation = u32::from_be_bytes(head[9..13].try_into().expect("4 bytes"));
-        if keys.generation(generation).is_none() {
-            return Ok(Some(generation));
+        let mut head = [0u8; HEAD];
+        let file = match fs::File::open(entry?.path()) {
+            Ok(file) => file,
+            // An engine that runs removes files.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            Err(e) => return Err(e),
+        };
+        if file.read_exact_at(&mut head, 0).is_ok()
+            && let Some(generation) = generation_of(&head)
+        {
+            *found.entry(generation).or_default() += file.metadata()?.len();
         }
     }
-    Ok(None)
+    Ok(found)
+}
+
+/// A generation that a file of `dir` is under and `keys` does not hold.
+pub fn missing_generation(dir: &Path, keys: &TenantKeys) -> io::Result<Option<u32>> {
+    let found = generations(dir)?.into_keys();
+    Ok(found.into_iter().find(|g| keys.generation(*g).is_none()))
 }
 
 /// En- or decrypts `data`, which stands at `offset` of its file.

@@ -14,8 +14,8 @@ use std::sync::Arc;
 use kms::TenantKeys;
 use rocksdb::checkpoint::Checkpoint;
 use rocksdb::{
-    BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, InfoLogger, LogLevel, Options,
-    WriteBatch, WriteBufferManager, WriteOptions,
+    BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamilyDescriptor, CompactOptions,
+    DB, InfoLogger, LogLevel, Options, WriteBatch, WriteBufferManager, WriteOptions,
 };
 use thiserror::Error;
 
@@ -185,6 +185,22 @@ impl Engine {
     /// Applies `batch` atomically, in memory: durability is the Raft log's.
     pub fn write(&self, batch: WriteBatch) -> Result<(), EngineError> {
         Ok(self.db.write_opt(batch, &self.unlogged)?)
+    }
+
+    /// Writes every table anew, under the generation that seals, beside reads and writes. Blocking.
+    pub fn rewrite_tables(&self) {
+        let mut options = CompactOptions::default();
+        options.set_bottommost_level_compaction(BottommostLevelCompaction::ForceOptimized);
+        options.set_exclusive_manual_compaction(false);
+        for cf in Cf::ALL {
+            self.db
+                .compact_range_cf_opt(self.cf(cf), None::<&[u8]>, None::<&[u8]>, &options);
+        }
+    }
+
+    /// Ends what runs in the background, so that whoever waits for it is done.
+    pub fn stop(&self) {
+        self.db.cancel_all_background_work(false);
     }
 
     /// Flushes all column families together and links the files into `target`, which must not

@@ -8,6 +8,7 @@ mod propose;
 mod read;
 mod registry;
 pub mod replica;
+pub mod rewriting;
 pub mod sealing;
 mod snapshot;
 mod state_machine;

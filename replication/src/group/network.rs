@@ -248,7 +248,7 @@ async fn send_items<S>(
     connection.end_stream(id).await;
 }
 
-/// Calls `Group`-level services of a member: proposals and read positions.
+/// Calls `Group`-level services of a member: proposals, read positions, fences.
 pub async fn ask_member(
     peers: &Arc<Peers>,
     leader: (u64, &str),

@@ -1,6 +1,7 @@
 //! The directory of one replica.
 //!
-//! `engine-N/`: RocksDB; `ENGINE`: the number of the one in use; `snapshot/` and `snapshot.json`:
+//! `engine-N/`: RocksDB; `ENGINE`: the number of the one in use; `snapshot-INDEX-TAG/` and
+//! `snapshot.json`:
 //! the newest checkpoint, which is the Raft snapshot; `incoming-*`: what is being
 //! received or removed; `FENCED`: the chain was closed by a restore; `DAMAGED`: a scan found it so.
 //!
@@ -101,6 +102,14 @@ impl ReplicaDir {
         let before = self.engine()?;
         write_private(&self.path.join("ENGINE"), number.to_string().as_bytes())?;
         Ok(before)
+    }
+
+    /// Every directory with files of the replica.
+    pub fn all(&self) -> io::Result<Vec<PathBuf>> {
+        let entries = fs::read_dir(&self.path)?;
+        let paths = entries.map(|entry| Ok(entry?.path()));
+        let dirs = paths.filter(|path| path.as_ref().is_ok_and(|p| p.is_dir()) || path.is_err());
+        dirs.collect()
     }
 
     /// A fresh directory to receive a snapshot in, or to make one in.

@@ -7,6 +7,7 @@
 //! that has passed is applied once, in order. Sealing is over when engine and keys are gone from
 //! memory.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Weak};
@@ -22,7 +23,7 @@ use super::types::{
     Entry, LogId, StoredMembership, decode_entry, decode_membership, log_id, machine_entry,
 };
 use crate::GroupId;
-use crate::engine::env::missing_generation;
+use crate::engine::env::{generations, missing_generation};
 use crate::engine::{Budget, Engine, EngineError};
 use crate::log::LogReader;
 use crate::machine::{Machine, State, Store};
@@ -56,6 +57,15 @@ pub struct Replica {
     sealed: watch::Sender<Option<Arc<str>>>,
     /// What was taken away last.
     closing: parking_lot::Mutex<(Weak<Engine>, Weak<TenantKeys>)>,
+}
+
+/// Why the files in `path` cannot be opened with `keys`; none if they can.
+pub(super) fn lacks(path: &Path, keys: &TenantKeys) -> Option<String> {
+    match missing_generation(path, keys) {
+        Ok(None) => None,
+        Ok(Some(generation)) => Some(not_here(generation)),
+        Err(e) => Some(e.to_string()),
+    }
 }
 
 fn not_here(generation: u32) -> String {
@@ -107,7 +117,7 @@ impl Replica {
         let keys = keys.and_then(|keys| {
             let path = replica.dir.engine().map_err(|e| e.to_string())?;
             match path.is_dir() {
-                true => replica.lacks(&path, &keys).map_or(Ok(keys), Err),
+                true => lacks(&path, &keys).map_or(Ok(keys), Err),
                 false => Ok(keys),
             }
         });
@@ -121,21 +131,17 @@ impl Replica {
         Ok(replica)
     }
 
-    /// Why the files in `path` cannot be opened with `keys`; none if they can.
-    pub fn lacks(&self, path: &Path, keys: &TenantKeys) -> Option<String> {
-        match missing_generation(path, keys) {
-            Ok(None) => None,
-            Ok(Some(generation)) => Some(not_here(generation)),
-            Err(e) => Some(e.to_string()),
-        }
-    }
-
     fn open_engine(&self, keys: Arc<TenantKeys>) -> Result<Arc<Machine>, EngineError> {
-        let engine = Engine::open(
-            &self.dir.engine().map_err(io_error)?,
-            keys.clone(),
-            &self.budget,
-        )?;
+        let path = self.dir.engine().map_err(io_error)?;
+        let files = match path.is_dir() {
+            true => generations(&path).map_err(io_error)?,
+            false => BTreeMap::new(),
+        };
+        // What was said of the key may be older than what was done with it here.
+        if let Some((newest, _)) = files.last_key_value() {
+            keys.seal_under(*newest);
+        }
+        let engine = Engine::open(&path, keys.clone(), &self.budget)?;
         self.store.replace(engine)?;
         Ok(Arc::new(Machine::new(self.store.clone(), keys, self.group)))
     }
@@ -208,6 +214,7 @@ impl Replica {
         self.store.close();
         self.store
             .pass(passed.position.as_ref().map(super::types::position));
+        engine.stop();
         // Closing RocksDB waits for its threads: not on one that serves others.
         drop(std::thread::spawn(move || drop((engine, machine))));
         Ok(())
@@ -252,7 +259,7 @@ impl Replica {
 
     fn catch_up(&self, keys: Arc<TenantKeys>, passed: OwnedMutexGuard<Passed>) -> io::Result<()> {
         let path = self.dir.engine()?;
-        if let Some(why) = path.is_dir().then(|| self.lacks(&path, &keys)).flatten() {
+        if let Some(why) = path.is_dir().then(|| lacks(&path, &keys)).flatten() {
             return Err(io::Error::other(why));
         }
         let machine = self.open_engine(keys)?;

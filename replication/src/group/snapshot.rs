@@ -2,7 +2,7 @@
 //!
 //! `SnapshotBegin` makes a directory at the receiver, `SnapshotChunk` fills files, `SnapshotEnd`
 //! verifies every file's length and hash, syncs, and installs. Files are ciphertext on the way, as
-//! on disk; sender and receiver hold the same data key.
+//! on disk; neither needs the data key.
 
 use std::collections::BTreeMap;
 use std::io;

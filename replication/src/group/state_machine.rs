@@ -11,7 +11,7 @@ use openraft::storage::{ApplyResponder, EntryResponder, RaftStateMachine};
 use openraft::{OptionalSend, RaftSnapshotBuilder};
 
 use super::replica::sync_dir;
-use super::sealing::Replica;
+use super::sealing::{Replica, lacks};
 use super::types::{
     Answer, LogId, SnapshotMeta, StoredMembership, TypeConfig, decode_membership,
     encode_membership, log_id,
@@ -109,7 +109,7 @@ fn install(replica: &Replica, meta: &SnapshotMeta, snapshot: SnapshotDir) -> io:
     let _one = replica.snapshots.lock();
     // Files under a generation that has not come here yet are kept until it has.
     if let Some(machine) = replica.machine()
-        && let Some(why) = replica.lacks(&snapshot.path, machine.keys())
+        && let Some(why) = lacks(&snapshot.path, machine.keys())
     {
         drop(machine);
         replica.park(&why, &mut passed)?;

@@ -3,15 +3,13 @@
 use std::time::Duration;
 
 use openraft::async_runtime::{Instant as _, WatchReceiver};
-use serde::{Deserialize, Serialize};
 
 use super::member::{ELECTION_MS, Group};
 use super::types::TypeConfig;
 use crate::GroupId;
 use crate::mvcc::digest::Digests;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     Leader,
     Follower,
@@ -21,23 +19,20 @@ pub enum Role {
 }
 
 /// A group as it stands on this node.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug)]
 pub struct GroupStatus {
     pub group: GroupId,
     pub role: Role,
     pub term: u64,
     pub leader: Option<u64>,
     pub voters: Vec<u64>,
-    pub learners: Vec<u64>,
     pub applied: u64,
     pub archived: u64,
     pub revision: i64,
-    pub compacted: i64,
     pub bytes: u64,
     pub digests: Digests,
     /// Age in milliseconds of the oldest acknowledged write that is not archived.
     pub rpo_ms: u64,
-    pub fenced: bool,
 }
 
 impl Group {
@@ -68,15 +63,12 @@ impl Group {
                 _ => metrics.current_leader,
             },
             voters: membership.voter_ids().collect(),
-            learners: membership.learner_ids().collect(),
             applied: state.applied.map_or(0, |at| at.index),
             archived: self.shared().archived(),
             revision: state.revision,
-            compacted: state.compacted,
             bytes: state.bytes,
             digests: state.digests,
             rpo_ms: self.shared().ledger.age().as_millis() as u64,
-            fenced: self.is_fenced(),
         }
     }
 }

@@ -73,7 +73,6 @@ pub struct Machine {
     keys: Arc<TenantKeys>,
     codec: EntryCodec,
     hasher: Hasher,
-    group: GroupId,
     latest: Mutex<Latest>,
 }
 
@@ -84,17 +83,8 @@ impl Machine {
             codec: EntryCodec::new(&keys, group),
             hasher: Hasher::new(&keys),
             keys,
-            group,
             latest: Mutex::default(),
         }
-    }
-
-    pub fn store(&self) -> &Arc<Store> {
-        &self.store
-    }
-
-    pub fn group(&self) -> GroupId {
-        self.group
     }
 
     pub fn keys(&self) -> &Arc<TenantKeys> {

@@ -5,7 +5,7 @@
 //! the engine; readers finish on the old one. While the tenant is sealed there is no engine, and
 //! entries pass unapplied: what is read then is an error.
 
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use parking_lot::RwLock;
 use prost::Message;
@@ -96,9 +96,8 @@ impl Store {
     }
 
     /// Lets go of the engine; it closes once its last reader is done.
-    pub fn close(&self) -> Weak<Engine> {
-        let engine = self.inner.write().engine.take();
-        engine.map_or_else(Weak::new, |engine| Arc::downgrade(&engine))
+    pub fn close(&self) {
+        self.inner.write().engine = None;
     }
 
     /// Entries up to `position` are committed and pass unapplied.

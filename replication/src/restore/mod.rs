@@ -3,7 +3,8 @@
 //! Invariants. The old chain is closed before anything is served, so that whatever still runs of
 //! the old region stops. Every object is authenticated or hashed before it is used, and a missing
 //! or damaged one is refused by name. The digest after replay, counted anew from every row, must
-//! be the one that the chain carries. The new incarnation's revision lies 10^9 higher, and what
+//! be the one that the chain carries at its end; where it carries none (the end lies inside a batch, or
+//! the tenant was sealed), the running one. The new incarnation's revision lies 10^9 higher, and what
 //! was below is compacted.
 
 mod fetch;

@@ -98,6 +98,23 @@ pub async fn newest(chain: &Chain, known: u64) -> Result<Plan, RestoreError> {
             }
         }
     }
+    behind(chain, manifest, last).await
+}
+
+/// Plans a restore from a checkpoint to the newest state behind it.
+pub async fn from(chain: &Chain, manifest: Manifest) -> Result<Plan, RestoreError> {
+    let last = chain.numbers(manifest.link).await?.last().copied();
+    let last = last.unwrap_or(manifest.link);
+    behind(chain, Some(manifest), last).await
+}
+
+/// A plan of `manifest` and every link behind it up to `last`.
+async fn behind(
+    chain: &Chain,
+    manifest: Option<Manifest>,
+    last: u64,
+) -> Result<Plan, RestoreError> {
+    let group = chain.group();
     let from = manifest.as_ref().map_or(0, |m| m.link);
     let start = match &manifest {
         Some(m) => Tail {

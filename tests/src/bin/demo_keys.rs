@@ -1,87 +1,20 @@
 //! Three tenants under load, two under keys of LocalStack's KMS, one under a keyfile: keys are
-//! disabled, scheduled for deletion, denied, not answered for, rotated and changed, and everything
-//! that was acknowledged is read back.
+//! disabled, scheduled for deletion, denied, not answered for, rotated, rewritten and changed, and what
+//! was acknowledged to the tenant whose key it was is read back.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use hdrhistogram::Histogram;
 use holdfast_tests::kms::{Mode, Proxy, create_key, schedule_deletion, with_key};
+use holdfast_tests::load::{Load, WRITERS};
 use holdfast_tests::region::Region;
 use holdfast_tests::served::Served;
 use holdfast_tests::servers;
-use parking_lot::Mutex;
 
 const TENANTS: [&str; 3] = ["acme", "globex", "initech"];
-const WRITERS: usize = 4;
 const BOUND: Duration = Duration::from_secs(60);
 /// How long the load is measured at a time.
 const WINDOW: Duration = Duration::from_secs(8);
-
-/// A tenant's load: writers that each put the next number under keys of their own.
-struct Load {
-    stop: Arc<AtomicBool>,
-    /// Latencies in microseconds since last asked.
-    times: Arc<Mutex<Histogram<u64>>>,
-    tasks: Vec<tokio::task::JoinHandle<u64>>,
-}
-
-fn histogram() -> Histogram<u64> {
-    Histogram::new_with_bounds(1, 60_000_000, 3).expect("valid bounds")
-}
-
-impl Load {
-    async fn start(region: &Region, tenant: &str) -> Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let times = Arc::new(Mutex::new(histogram()));
-        let mut tasks = Vec::new();
-        for writer in 0..WRITERS {
-            let mut client = region.client(tenant).await?;
-            let (stop, times) = (stop.clone(), times.clone());
-            tasks.push(tokio::spawn(async move {
-                let mut acknowledged = 0;
-                while !stop.load(Ordering::Relaxed) {
-                    let (key, value) = (format!("load/{writer}"), acknowledged + 1);
-                    let began = Instant::now();
-                    match client.put(key, value.to_string(), None).await {
-                        Ok(_) => {
-                            acknowledged = value;
-                            times
-                                .lock()
-                                .saturating_record(began.elapsed().as_micros() as u64);
-                        }
-                        Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
-                    }
-                }
-                acknowledged
-            }));
-        }
-        Ok(Load { stop, times, tasks })
-    }
-
-    /// Puts a second and p99 in milliseconds over the next window.
-    fn begin(&self) {
-        self.times.lock().reset();
-    }
-
-    fn figures(&self, over: Duration) -> (f64, f64) {
-        let times = self.times.lock();
-        let rate = times.len() as f64 / over.as_secs_f64();
-        (rate, times.value_at_quantile(0.99) as f64 / 1000.0)
-    }
-
-    /// What each writer was acknowledged last.
-    async fn end(self) -> Result<Vec<u64>> {
-        self.stop.store(true, Ordering::Relaxed);
-        let mut last = Vec::new();
-        for task in self.tasks {
-            last.push(task.await?);
-        }
-        Ok(last)
-    }
-}
 
 /// Measures the others' load over a window.
 async fn neighbours(loads: &[(usize, Load)], without: usize, what: &str) {
@@ -218,6 +151,7 @@ async fn main() -> Result<()> {
 
     for arguments in [
         vec!["key", "rotate", "acme"],
+        vec!["key", "rotate", "acme", "--rewrite"],
         vec!["key", "change", "acme", "--key", arns[2].as_str()],
         vec!["residency", "acme"],
     ] {
