@@ -33,12 +33,10 @@ use crate::limits;
 use crate::residency::BucketPlace;
 use crate::server;
 use crate::tenant::key::{KeyReport, KeyStanding};
-use crate::tenant::{Parts, Registry, deletion, rewriting, rotation};
+use crate::tenant::{DRILL, Parts, Registry, deletion, rewriting, rotation};
 
 const PEER_CALL: Duration = Duration::from_secs(5);
 pub(crate) const LOOK: Duration = Duration::from_millis(100);
-/// Where restores are tried, below the data directory.
-pub(crate) const DRILL: &str = "drill";
 
 /// What a node asks of another above the groups.
 #[derive(Clone, Serialize, Deserialize)]
@@ -59,6 +57,8 @@ pub(crate) enum Question {
     TryKey(TenantId, KeyUri),
     /// Destroy what that node holds of a tenant that is being destroyed.
     Erase(TenantId),
+    /// Destroy its copies of a tenant's generations before this one.
+    Forget(TenantId, u32),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -497,7 +497,6 @@ impl Node {
                 tokio::task::spawn_blocking(move || group.replica().older(generation)).await;
             report.older = counted.ok().and_then(Result::ok);
         }
-        report.kept = self.parts.keys.copies(record.id).unwrap_or_default();
         for generation in record.needed() {
             if let Ok(Some(copy)) = self.parts.keys.copy(record.id, generation) {
                 report.copies.push((generation, copy.key.to_string()));
@@ -553,6 +552,9 @@ impl DaemonCalls for Calls {
             }
             Question::TryKey(tenant, key) => serde_json::to_vec(&node.try_key(tenant, &key).await),
             Question::Erase(tenant) => serde_json::to_vec(&node.erase(tenant).await?),
+            Question::Forget(tenant, generation) => {
+                serde_json::to_vec(&node.forget_before(tenant, generation)?)
+            }
             Question::Key(tenant) => serde_json::to_vec(&node.key_report(tenant).await),
             Question::Digests(group) => {
                 let group = node

@@ -170,6 +170,13 @@ impl Opener {
         Ok(out)
     }
 
+    /// Lets go of what was derived of generations before `oldest`.
+    pub fn forget_before(&self, oldest: u32) {
+        self.derived
+            .write()
+            .retain(|(generation, _), _| *generation >= oldest);
+    }
+
     fn derived(
         &self,
         generation: u32,

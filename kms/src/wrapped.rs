@@ -441,11 +441,6 @@ impl WrappedKeyStore {
         Ok(files)
     }
 
-    /// Generations of which this node has a copy.
-    pub fn copies(&self, tenant: TenantId) -> std::io::Result<Vec<u32>> {
-        Ok(self.files(tenant)?.into_iter().map(|(n, _)| n).collect())
-    }
-
     /// Keeps a generation on this node, which is known to open, in the place of an older copy.
     pub fn keep(&self, key: &WrappedKey) -> Result<(), WrappedKeyError> {
         let file = self.file(key.tenant, key.generation);

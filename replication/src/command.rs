@@ -60,6 +60,14 @@ impl EntryCodec {
         }
     }
 
+    /// Lets go of what was derived of generations before `oldest`.
+    pub fn forget_before(&self, oldest: u32) {
+        self.opener.forget_before(oldest);
+        if self.sealer.read().generation() < oldest {
+            self.sealer();
+        }
+    }
+
     /// A sealer of the generation that seals now.
     fn sealer(&self) -> Arc<Sealer> {
         let current = self.sealer.read().clone();

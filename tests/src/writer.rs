@@ -40,10 +40,14 @@ impl Writer {
         Ok(Writer { stop, count, task })
     }
 
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+
     /// Waits until this many writes are acknowledged.
     pub async fn past(&self, count: u64) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(60);
-        while self.count.load(Ordering::Relaxed) < count {
+        while self.count() < count {
             ensure!(Instant::now() < deadline, "not {count} writes in a minute");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }

@@ -284,6 +284,20 @@ async fn versions_are_destroyed_and_the_store_is_asked_where_it_lies() -> Result
             .sum::<u32>()
             == 3
     );
+    region
+        .create_tenant("globex", "enhanced", 200, 60_000)
+        .await?;
+    put(&region, "globex", "two").await?;
+    region
+        .operate(&["key", "rotate", "globex", "--rewrite"])
+        .await?;
+    let id = region.tenant(0, "globex").await?.id;
+    let keys = format!("holdfast?versions&prefix=eu/tenants/{id}/keys/");
+    let keys = s3(endpoint, "GET", &keys, "").await?;
+    ensure!(
+        keys.matches("/keys/0000000002</Key>").count() == 1 && keys.matches("<Key>").count() == 1,
+        "{keys}"
+    );
     let after = s3(endpoint, "GET", &versions, "").await?;
     ensure!(
         after.contains("ListVersionsResult") && !after.contains("<Key>"),

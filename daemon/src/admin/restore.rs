@@ -363,6 +363,7 @@ impl Run {
             let (phase, done, total) = match progress {
                 Progress::Fetched { bytes, total } => ("fetched", bytes, total),
                 Progress::Replayed { links, total } => ("replayed", links, total),
+                Progress::Counting => return true,
                 Progress::Verified => ("verified", 1, 1),
             };
             let event = RestoreEvent {
@@ -374,6 +375,7 @@ impl Run {
             };
             // A slow terminal does not slow the restore.
             let _ = events.try_send(Ok(event));
+            true
         });
         let dir = parts.data_dir.join("restore").join(group.to_string());
         let restored = restore::rebuild(

@@ -393,10 +393,12 @@ impl Node {
                 continue;
             };
             if let Ok(incarnation) = incarnation.parse() {
-                self.parts.log.drop_group(replication::GroupId {
+                let group = replication::GroupId {
                     tenant: id,
                     incarnation,
-                });
+                };
+                self.parts.log.drop_group(group);
+                let _ = std::fs::remove_dir_all(self.parts.drill_dir(group));
             }
             std::fs::remove_dir_all(entry.path()).map_err(text)?;
         }

@@ -169,7 +169,9 @@ impl Keeper {
         }
         keys.seal_under(record.generation);
         if let Some(oldest) = needed.first() {
-            keys.drop_before(*oldest);
+            if let Some(machine) = self.group.replica().machine() {
+                machine.forget_before(*oldest);
+            }
             parts.keys.forget_before(record.id, *oldest)?;
         }
         Ok(())

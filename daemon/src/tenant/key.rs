@@ -35,8 +35,6 @@ pub struct KeyReport {
     pub sealing: u32,
     /// The KMS keys that this node's copies of wrapped generations are under.
     pub copies: Vec<(u32, String)>,
-    /// Generations of which this node has a copy, needed or not.
-    pub kept: Vec<u32>,
     /// While everything is rewritten: what is still under older generations.
     pub older: Option<Older>,
 }
@@ -119,7 +117,6 @@ impl KeyStanding {
             held: keys.as_ref().map(|k| k.held()).unwrap_or_default(),
             sealing: keys.map_or(0, |k| k.sealing()),
             copies: Vec::new(),
-            kept: Vec::new(),
             older: None,
         }
     }

@@ -30,6 +30,9 @@ use tokio::sync::Notify;
 use crate::directory::records::TenantRecord;
 use key::KeyStanding;
 
+/// Where restores are tried, below the data directory.
+pub const DRILL: &str = "drill";
+
 /// What opening a tenant needs of its node.
 pub struct Parts {
     pub data_dir: PathBuf,
@@ -47,6 +50,11 @@ pub struct Parts {
 impl Parts {
     pub fn replica_dir(&self, group: GroupId) -> PathBuf {
         self.data_dir.join("tenants").join(group.to_string())
+    }
+
+    /// Where restores of a group are tried.
+    pub fn drill_dir(&self, group: GroupId) -> PathBuf {
+        self.data_dir.join(DRILL).join(group.to_string())
     }
 
     /// Opens a tenant's group here, with its keys or sealed, and starts its archiver.

@@ -8,7 +8,9 @@
 //! after a crash goes on.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kms::{TenantId, WrappedKey};
@@ -22,9 +24,12 @@ use super::key::KeyReport;
 use super::rotation::{change, stands};
 use crate::directory::records::{EventKind, KeyTask, TenantRecord};
 use crate::failpoint::failpoint;
-use crate::node::{DRILL, Node};
+use crate::node::{Node, Question};
 
 const LOOK: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// Left free for the log, whatever is rewritten.
+const SPARE: u64 = 1 << 30;
 /// How long the nodes may take to destroy their copies of wrapped keys.
 const FORGOTTEN_WITHIN: Duration = Duration::from_secs(20);
 const FORGOTTEN_LOOK: Duration = Duration::from_millis(100);
@@ -33,20 +38,28 @@ fn text(e: impl std::fmt::Display) -> String {
     e.to_string()
 }
 
+/// When a tenant is looked at again, after something did not succeed, and why it did not.
+struct Pause {
+    until: Instant,
+    length: Duration,
+    why: String,
+}
+
 /// Rewrites the tenants whose record says so: this node's replica, and, where it leads, the rest. One
 /// tenant at a time.
 pub async fn keep(node: Arc<Node>) {
-    let mut told: HashMap<TenantId, String> = HashMap::new();
+    let mut pauses: HashMap<TenantId, Pause> = HashMap::new();
     loop {
         tokio::time::sleep(LOOK).await;
         for tenant in node.tenants.all() {
             let record = tenant.record();
             let Some(KeyTask::Rewrite { generation }) = record.key_task else {
-                told.remove(&record.id);
+                pauses.remove(&record.id);
                 continue;
             };
             let Ok(group) = tenant.group() else { continue };
-            if group.sealed().is_some() {
+            let paused = pauses.get(&record.id);
+            if group.sealed().is_some() || paused.is_some_and(|p| Instant::now() < p.until) {
                 continue;
             }
             let done = async {
@@ -56,30 +69,57 @@ pub async fn keep(node: Arc<Node>) {
                     false => Ok(()),
                 }
             };
-            if let Err(why) = done.await
-                && told.get(&record.id) != Some(&why)
-            {
+            let Err(why) = done.await else {
+                pauses.remove(&record.id);
+                continue;
+            };
+            let before = pauses.remove(&record.id).filter(|p| p.why == why);
+            if before.is_none() {
                 tracing::info!(tenant = %record.id, generation, %why, "not everything is rewritten yet");
-                told.insert(record.id, why);
             }
+            let length = before.map_or(LOOK, |p| (p.length * 2).min(LONGEST_PAUSE));
+            let until = Instant::now() + length;
+            pauses.insert(record.id, Pause { until, length, why });
         }
+    }
+}
+
+/// What is free in the file system of `path` must be more than `needed` bytes.
+fn room(path: &Path, needed: u64) -> Result<(), String> {
+    let found = rustix::fs::statvfs(path).map_err(text)?;
+    let free = found.f_bavail * found.f_frsize;
+    let needed = needed + needed / 8 + SPARE;
+    match free > needed {
+        true => Ok(()),
+        false => Err(format!(
+            "{} has {free} bytes free, and {needed} are needed: make room; the other tenants' log must not run out of it",
+            path.display()
+        )),
     }
 }
 
 /// Rewrites this node's files, and has the log purged of what is under older generations.
 async fn rewrite_here(group: &Arc<Group>, generation: u32) -> Result<(), String> {
+    let sealing = group.keys().map(|keys| keys.sealing());
+    if sealing.is_none_or(|sealing| sealing < generation) {
+        return Err("this node seals under an older generation yet".into());
+    }
     let replica = group.replica().clone();
     let rewritten = tokio::task::spawn_blocking(move || {
-        let mut older = replica.older(generation)?;
+        replica.dir.sweep().map_err(text)?;
+        let mut older = replica.older(generation).map_err(text)?;
         if older.engine_bytes > 0 {
-            replica.rewrite()?;
+            room(&replica.dir.engine().map_err(text)?, older.engine_bytes)?;
+            replica.rewrite().map_err(text)?;
             failpoint("replica-rewritten");
-            older = replica.older(generation)?;
+            older = replica.older(generation).map_err(text)?;
+            if older.engine_bytes > 0 {
+                return Err("tables are still under an older generation".into());
+            }
         }
-        replica.checkpoint_helps(&older)
+        replica.checkpoint_helps(&older).map_err(text)
     });
-    let checkpoint = rewritten.await.map_err(text)?.map_err(text)?;
-    if checkpoint {
+    if rewritten.await.map_err(text)?? {
         // The log is purged behind it, once it is archived.
         group.make_checkpoint().await;
     }
@@ -124,10 +164,25 @@ async fn rewrite_everywhere(
     generation: u32,
 ) -> Result<(), String> {
     let mut record = record.clone();
-    let mut gone = None;
     if record.needed() != [generation] {
         none_behind(node, &record, generation).await?;
-        gone = Some(begin_anew(node, group, &record, generation).await?);
+        // Sealing waits for the keys that a restore holds: it ends then, also in its blocking part.
+        let stop = Arc::new(AtomicBool::new(false));
+        let (mut sealed, mut also) = (
+            group.replica().watch_sealed(),
+            group.replica().watch_sealed(),
+        );
+        let stopping = stop.clone();
+        let watch = tokio::spawn(async move {
+            let _ = also.wait_for(Option::is_some).await;
+            stopping.store(true, Ordering::Relaxed);
+        });
+        let begun = tokio::select! {
+            begun = begin_anew(node, group, &record, generation, stop) => begun,
+            _ = sealed.wait_for(Option::is_some) => Err("the tenant was sealed here".into()),
+        };
+        watch.abort();
+        begun?;
         // Whatever was on its way when they said so before has come by now.
         none_behind(node, &record, generation).await?;
         let dropped = change(node, &record, |r| {
@@ -157,77 +212,116 @@ async fn rewrite_everywhere(
     failpoint("generations-destroyed");
     let done = change(node, &record, |r| r.key_task = None);
     let done = done.await.map_err(text)?;
-    tracing::info!(tenant = %done.id, generation, "everything is under the newest generation, and the older ones are destroyed");
-    let detail = format!(
-        "everything is under generation {generation}, older ones are destroyed{}",
-        gone.unwrap_or_default()
-    );
-    node.event(&done, EventKind::Rewritten, detail);
+    let said = format!("everything is under generation {generation}, older ones are destroyed");
+    tracing::info!(tenant = %done.id, "{said}");
+    node.event(&done, EventKind::Rewritten, said);
     Ok(())
 }
 
-/// Has the archive begin at a checkpoint under `generation`, and destroys what is before it. Answers
-/// what that was.
+/// Has the archive begin at a checkpoint under `generation`, and destroys what is before it.
 async fn begin_anew(
     node: &Node,
     group: &Group,
     record: &TenantRecord,
     generation: u32,
-) -> Result<String, String> {
+    stop: Arc<AtomicBool>,
+) -> Result<(), String> {
     let parts = &node.parts;
     let archive_key = node.archive_key().ok_or("the archive key is not known")?;
     let chain = Chain::new(parts.bucket.clone(), archive_key, record.group());
     let beginning = begin(&chain, group).await.map_err(text)?;
     failpoint("archive-begun");
+    let files = beginning.manifest.files.iter();
+    room(&parts.data_dir, files.map(|f| f.length).sum())?;
     // With what is in the bucket, as a restore has it.
-    let wrapped = parts
-        .keys
-        .fetch(record.id, generation)
-        .await
-        .map_err(text)?;
+    let wrapped = parts.keys.fetch(record.id, generation).await;
+    let wrapped = wrapped.map_err(text)?;
     let keys = WrappedKey::unwrap(&[wrapped], &parts.providers).await;
     let keys = Arc::new(keys.map_err(text)?);
-    let dir = parts.data_dir.join(DRILL).join(record.group().to_string());
-    let proven = prove(&chain, &beginning, keys, parts.budget.clone(), &dir).await;
+    group.replica().lend(&keys);
+    let dir = parts.drill_dir(record.group());
+    let go_on = Arc::new(move || !stop.load(Ordering::Relaxed));
+    let budget = parts.budget.clone();
+    let proven = prove(&chain, &beginning, keys, budget, &dir, go_on).await;
     proven.map_err(text)?;
     failpoint("archive-proven");
     stands(node, record).await.map_err(text)?;
+    if !group.is_leader() {
+        return Err("another node leads now".into());
+    }
     let gone = shorten(&node.config.bucket, &chain, &beginning, generation).await;
     let gone = gone.map_err(text)?;
     failpoint("archive-shortened");
     let kept = gone.iter().filter(|object| !object.left.is_empty());
     let kept: Vec<&str> = kept.map(|object| object.left.as_str()).collect();
     let mut said = format!(
-        "; the archive begins at link {}, {} objects before it are destroyed",
+        "the archive begins at link {}, {} objects before it are destroyed",
         beginning.manifest.link,
         gone.len() - kept.len()
     );
     if let Some(why) = kept.first() {
-        said.push_str(&format!(
-            ", {} outlive their key, unreadable: {why}",
-            kept.len()
-        ));
+        let outlive = format!(", {} outlive their key, unreadable: {why}", kept.len());
+        said.push_str(&outlive);
     }
-    Ok(said)
+    tracing::info!(tenant = %record.id, generation, "{said}");
+    node.event(record, EventKind::Rewritten, said);
+    Ok(())
 }
 
-/// Waits until no node has a generation before `generation` in memory or as a wrapped copy.
+/// Waits until no replica holds a generation before `generation` in memory, and no node of the region
+/// a wrapped copy of one: the node where it was made can be of no placement.
 async fn forgotten(node: &Node, record: &TenantRecord, generation: u32) -> Result<(), String> {
     let deadline = Instant::now() + FORGOTTEN_WITHIN;
     loop {
-        let reports = node.key_reports(record).await;
-        let has = |(_, report): &&(_, KeyReport)| {
-            let older = |g: &u32| *g < generation;
-            report.held.iter().any(older) || report.kept.iter().any(older)
-        };
-        let has = reports.iter().find(has).map(|(node, _)| node.name.clone());
-        if reports.len() == record.placement.len() && has.is_none() {
+        let Err(why) = all_forgot(node, record, generation).await else {
             return Ok(());
-        }
+        };
         if Instant::now() >= deadline {
-            let who = has.unwrap_or_else(|| "that does not answer".into());
-            return Err(format!("node {who} may still hold an older generation"));
+            return Err(why);
         }
         tokio::time::sleep(FORGOTTEN_LOOK).await;
+    }
+}
+
+async fn all_forgot(node: &Node, record: &TenantRecord, generation: u32) -> Result<(), String> {
+    let reports = node.key_reports(record).await;
+    let holds = |report: &KeyReport| report.held.iter().any(|g| *g < generation);
+    for name in &record.placement {
+        match reports.iter().find(|(n, _)| n.name == *name) {
+            Some((_, report)) if !holds(report) => {}
+            Some(_) => return Err(format!("node {name} still holds an older generation")),
+            None => return Err(format!("node {name} does not answer")),
+        }
+    }
+    let directory = node.directory().ok_or("the directory is not open")?;
+    for other in directory.nodes().map_err(text)? {
+        let other = other.record;
+        let forgot = if other.id == node.id {
+            node.forget_before(record.id, generation).map(|()| true)?
+        } else {
+            let question = Question::Forget(record.id, generation);
+            node.ask(&other.peer_address, &question).await.is_some()
+        };
+        if !forgot {
+            return Err(format!(
+                "node {} does not say that it destroyed its copies of older generations; if it is down, start it, or replace it",
+                other.name
+            ));
+        }
+    }
+    Ok(())
+}
+
+impl Node {
+    /// Destroys this node's copies of generations that the directory says are needed no more.
+    pub fn forget_before(&self, id: TenantId, generation: u32) -> Result<(), String> {
+        let directory = self.directory().ok_or("there is no directory yet")?;
+        let tenants = directory.tenants().map_err(text)?;
+        let found = tenants.into_iter().find(|t| t.record.id == id);
+        let needed = found.and_then(|t| t.record.needed().first().copied());
+        match needed.is_some_and(|oldest| oldest >= generation) {
+            true => self.parts.keys.forget_before(id, generation).map_err(text),
+            false => Err("the directory does not say here that they are needed no more".into()),
+        }
     }
 }

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::bucket::{checkpoints_dir, file_path};
 use super::chain::{Chain, ChainError};
 use super::link::LinkError;
+use crate::engine::env::generation_of;
 use crate::machine::State;
 use crate::mvcc::digest::Digests;
 use crate::{GroupId, Position};
@@ -46,7 +47,14 @@ pub struct Manifest {
     pub position: Position,
     pub revision: i64,
     pub digests: Digests,
+    /// The oldest key generation that one of the files is under; 0 where it is not said.
+    #[serde(default, skip_serializing_if = "is_unknown")]
+    pub oldest: u32,
     pub files: Vec<ManifestFile>,
+}
+
+fn is_unknown(generation: &u32) -> bool {
+    *generation == 0
 }
 
 impl Manifest {
@@ -61,6 +69,7 @@ impl Manifest {
             position,
             revision: state.revision,
             digests: state.digests,
+            oldest: 0,
             files: Vec::new(),
         }
     }
@@ -94,7 +103,7 @@ async fn upload_file(
     bucket: &Arc<dyn ObjectStore>,
     group: GroupId,
     (name, file): (String, File),
-) -> Result<ManifestFile, ChainError> {
+) -> Result<(ManifestFile, Option<u32>), ChainError> {
     let local = |e: std::io::Error| ChainError::Store {
         object: name.clone(),
         cause: object_store::Error::Generic {
@@ -111,6 +120,7 @@ async fn upload_file(
         .map_err(|e| local(std::io::Error::other(e)))?
         .map_err(local)?;
     let bytes = Bytes::from(bytes);
+    let under = generation_of(&bytes);
     let file = ManifestFile {
         hash: blake3::hash(&bytes).to_hex().to_string(),
         length: bytes.len() as u64,
@@ -122,7 +132,7 @@ async fn upload_file(
         cause,
     };
     match bucket.head(&object).await {
-        Ok(meta) if meta.size == file.length => return Ok(file),
+        Ok(meta) if meta.size == file.length => return Ok((file, under)),
         Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
         Err(e) => return Err(store(e)),
     }
@@ -137,7 +147,7 @@ async fn upload_file(
         writer.put(bytes);
         writer.finish().await.map_err(store)?;
     }
-    Ok(file)
+    Ok((file, under))
 }
 
 /// Uploads the files of a checkpoint, then its manifest; answers that, with its files, and its name.
@@ -153,10 +163,13 @@ pub async fn upload(
         .into_iter()
         .map(|file| upload_file(bucket, group, file))
         .collect();
-    manifest.files = futures::stream::iter(uploads)
+    let uploaded: Vec<_> = futures::stream::iter(uploads)
         .buffered(IN_FLIGHT)
         .try_collect()
         .await?;
+    let oldest = uploaded.iter().filter_map(|(_, under)| *under).min();
+    manifest.oldest = oldest.unwrap_or(0);
+    manifest.files = uploaded.into_iter().map(|(file, _)| file).collect();
     let writer = hex::encode(kms::secret::random_bytes::<8>());
     let object = checkpoints_dir(group).join(format!("{:020}-{writer}", manifest.link));
     let bytes = encode(chain.key(), &manifest);
@@ -216,6 +229,7 @@ mod tests {
             },
             revision: 9,
             digests: Digests::default(),
+            oldest: 0,
             files: vec![ManifestFile {
                 name: "000012.sst".into(),
                 length: 6,

@@ -4,8 +4,9 @@
 //! Invariants. Nothing goes before a restore from the new checkpoint, with nothing but the newer
 //! generation, has come to the digest that the chain carries. The newest link that the checkpoint
 //! covers stays, and the last one of each earlier incarnation: they say where the chain stands, and
-//! that an old one is closed. A file goes only if it is under an older generation and no checkpoint
-//! that stays lists it.
+//! that an old one is closed. A checkpoint at or behind that link goes only if it is under an older
+//! generation: another node may have begun with it. A file goes only if it is under an older
+//! generation and no checkpoint that stays lists it. A closed chain is not touched.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -20,7 +21,7 @@ use thiserror::Error;
 use tokio::time::Instant;
 
 use super::bucket::{BucketConfig, file_path};
-use super::chain::{Chain, ChainError};
+use super::chain::{Chain, ChainError, Tail};
 use super::checkpoint::{self, Manifest};
 use super::s3::{self, Destroyed};
 use crate::GroupId;
@@ -44,6 +45,14 @@ pub enum RewriteError {
     Local(#[from] std::io::Error),
     #[error("no checkpoint is made that covers link {0}")]
     NoCheckpoint(u64),
+    #[error("the archive does not reach entry {0} yet")]
+    NotArchived(u64),
+    #[error(
+        "link {0} was made while the tenant was sealed, and carries no digest; the next write's does"
+    )]
+    NoDigest(u64),
+    #[error("the newest checkpoint in the bucket is not under generation {0}")]
+    NoBeginning(u32),
     #[error("object {object} is under generation {found}, before {wanted}")]
     Older {
         object: String,
@@ -60,48 +69,100 @@ pub struct Beginning {
     pub manifest: Manifest,
 }
 
-/// Uploads a checkpoint of this node that covers the chain's newest link.
-pub async fn begin(chain: &Chain, group: &Group) -> Result<Beginning, RewriteError> {
+/// Whether to go on.
+pub type GoOn = Arc<dyn Fn() -> bool + Send + Sync>;
+
+/// The chain's end, which no restore may have closed.
+async fn open_tail(chain: &Chain) -> Result<Tail, RewriteError> {
     let tail = chain.tail().await?;
-    let deadline = Instant::now() + MADE_WITHIN;
-    loop {
-        if let Some(found) = group.checkpoint()?
-            && let Some(position) = found.state.applied
-            && position.index >= tail.last_index()
-        {
-            let behind = (tail.number, tail.hash);
-            let manifest = Manifest::new(chain.group(), &found.state, position, behind);
-            let (object, manifest) = checkpoint::upload(chain, found.files, manifest).await?;
-            return Ok(Beginning { object, manifest });
-        }
-        if Instant::now() >= deadline {
-            return Err(RewriteError::NoCheckpoint(tail.number));
-        }
-        group.make_checkpoint().await;
-        tokio::time::sleep(LOOK).await;
+    match tail.closed() {
+        Some(closed) => Err(ChainError::Closed(closed.incarnation).into()),
+        None => Ok(tail),
     }
 }
 
-/// Restores from `beginning` into `dir` with `keys`, compares the digest with the chain's, and removes
-/// what it restored.
+/// Uploads a checkpoint of this node that covers every link that there is now, behind the newest link
+/// that it covers when it is made.
+pub async fn begin(chain: &Chain, group: &Group) -> Result<Beginning, RewriteError> {
+    let first = open_tail(chain).await?;
+    let deadline = Instant::now() + MADE_WITHIN;
+    let (found, position) = loop {
+        if let Some(found) = group.checkpoint()?
+            && let Some(position) = found.state.applied
+            && position.index >= first.last_index()
+        {
+            break (found, position);
+        }
+        if Instant::now() >= deadline {
+            return Err(RewriteError::NoCheckpoint(first.number));
+        }
+        group.make_checkpoint().await;
+        tokio::time::sleep(LOOK).await;
+    };
+    // Links that reach beyond it say what it must be, whoever made it.
+    let mut behind = open_tail(chain).await?;
+    while behind.last_index() < position.index {
+        if Instant::now() >= deadline {
+            return Err(RewriteError::NotArchived(position.index));
+        }
+        tokio::time::sleep(LOOK).await;
+        behind = open_tail(chain).await?;
+    }
+    while behind.last_index() > position.index && behind.number > first.number {
+        behind = Tail::from(&chain.read(behind.number - 1).await?);
+    }
+    let behind = (behind.number, behind.hash);
+    let manifest = Manifest::new(chain.group(), &found.state, position, behind);
+    let (object, manifest) = checkpoint::upload(chain, found.files, manifest).await?;
+    Ok(Beginning { object, manifest })
+}
+
+/// Restores from `beginning`, as it is in the bucket, into `dir` with `keys`, compares the digest with
+/// the one that the chain carries, and removes what it restored.
 pub async fn prove(
     chain: &Chain,
     beginning: &Beginning,
     keys: Arc<TenantKeys>,
     budget: Arc<Budget>,
     dir: &Path,
+    go_on: GoOn,
 ) -> Result<(), RewriteError> {
-    let plan = plan::from(chain, beginning.manifest.clone()).await?;
-    let group = chain.group();
-    let quiet = Arc::new(|_| ());
-    let restored = restore::rebuild(chain, &plan, group, keys, budget, dir, quiet).await;
+    let object = &beginning.object;
+    let store = |e: object_store::Error| RewriteError::Store(format!("{object}: {e}"));
+    let bytes = chain.bucket().get(object).await.map_err(store)?.bytes();
+    let manifest = checkpoint::decode(chain.key(), chain.group(), &bytes.await.map_err(store)?);
+    let manifest = manifest.map_err(|e| RewriteError::Store(format!("{object}: {e}")))?;
+    let plan = plan::from(chain, manifest.clone()).await?;
+    if manifest.link > 0 {
+        let link = chain.read(manifest.link).await?;
+        if link.hash != manifest.link_hash {
+            return Err(RewriteError::Store(format!("{object} names another link")));
+        }
+        // Nothing lies behind the checkpoint: this link is what says how the state must be.
+        if plan.links.is_empty() {
+            let state = link
+                .header
+                .state
+                .filter(|_| link.header.last == Some(manifest.position));
+            let state = state.ok_or(RewriteError::NoDigest(manifest.link))?;
+            if state.digests != manifest.digests {
+                return Err(RestoreError::Digest {
+                    found: manifest.digests.keys,
+                    wanted: state.digests.keys,
+                }
+                .into());
+            }
+        }
+    }
+    let report = Arc::new(move |_| go_on());
+    let restored = restore::rebuild(chain, &plan, chain.group(), keys, budget, dir, report).await;
     let removed = tokio::fs::remove_dir_all(dir).await;
     restored?;
     Ok(removed?)
 }
 
-/// Deletes, in all versions, what lies before `beginning` and under generations before `generation`.
-/// Answers what that was; `left` says what keeps one.
+/// Deletes, in all versions, what lies before `beginning` and under generations before `generation`,
+/// then looks whether what is left is enough. Answers what was deleted; `left` says what keeps one.
 pub async fn shorten(
     config: &BucketConfig,
     chain: &Chain,
@@ -109,6 +170,7 @@ pub async fn shorten(
     generation: u32,
 ) -> Result<Vec<Destroyed>, RewriteError> {
     let (bucket, group) = (chain.bucket(), chain.group());
+    open_tail(chain).await?;
     let mut last_links = Vec::new();
     for incarnation in 1..group.incarnation {
         let before = GroupId {
@@ -119,20 +181,23 @@ pub async fn shorten(
         last_links.push(before.numbers(0).await?.last().copied().unwrap_or(0));
     }
     last_links.push(beginning.manifest.link);
-    let mut kept = HashSet::from([beginning.object.to_string()]);
+    // Another node may be doing the same: what it has begun stays.
+    let mut kept = HashSet::new();
     let mut listed: HashSet<String> = HashSet::new();
     for object in checkpoint::list(bucket, group).await? {
-        let later = checkpoint::link_of(&object) > Some(beginning.manifest.link);
-        if !later && object != beginning.object {
+        if checkpoint::link_of(&object) < Some(beginning.manifest.link) {
             continue;
         }
         let store = |e: object_store::Error| RewriteError::Store(format!("{object}: {e}"));
         let bytes = bucket.get(&object).await.map_err(store)?.bytes().await;
         let manifest = checkpoint::decode(chain.key(), group, &bytes.map_err(store)?);
-        let manifest = manifest.map_err(|e| RewriteError::Store(format!("{object}: {e}")))?;
-        let files = manifest.files.iter();
-        listed.extend(files.map(|f| file_path(group.tenant, &f.hash).to_string()));
-        kept.insert(object.to_string());
+        if let Ok(manifest) = manifest
+            && manifest.oldest >= generation
+        {
+            let files = manifest.files.iter();
+            listed.extend(files.map(|f| file_path(group.tenant, &f.hash).to_string()));
+            kept.insert(object.to_string());
+        }
     }
     // Found by their own words: one that is uploaded meanwhile is not among them.
     let mut older = HashSet::new();
@@ -174,7 +239,28 @@ pub async fn shorten(
         }
     };
     let gone = s3::destroy_some(config, bucket, &tenant, &goes).await;
-    gone.map_err(RewriteError::Store)
+    let gone = gone.map_err(RewriteError::Store)?;
+    check(chain, generation).await?;
+    Ok(gone)
+}
+
+/// What a restore would begin with now must be under `generation` or a newer one, and be there.
+async fn check(chain: &Chain, generation: u32) -> Result<(), RewriteError> {
+    let plan = plan::newest(chain, 0).await?;
+    let manifest = plan.manifest.filter(|m| m.oldest >= generation);
+    let manifest = manifest.ok_or(RewriteError::NoBeginning(generation))?;
+    let there: HashSet<String> = files(chain.bucket(), chain.group())
+        .await?
+        .into_iter()
+        .map(|(object, _)| object)
+        .collect();
+    for file in &manifest.files {
+        let object = file_path(manifest.group.tenant, &file.hash).to_string();
+        if !there.contains(&object) {
+            return Err(ChainError::Missing(object).into());
+        }
+    }
+    Ok(())
 }
 
 /// The tenant's files in the bucket, with the generation that each is under.

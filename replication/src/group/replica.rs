@@ -11,6 +11,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use kms::local::write_private;
 use serde::{Deserialize, Serialize};
@@ -21,6 +22,7 @@ use crate::machine::State;
 
 const FENCED: &str = "FENCED";
 const DAMAGED: &str = "DAMAGED";
+const ABANDONED: Duration = Duration::from_secs(15 * 60);
 
 /// Whether the replica in `path` was found damaged.
 pub fn is_quarantined(path: &Path) -> bool {
@@ -110,6 +112,24 @@ impl ReplicaDir {
         let paths = entries.map(|entry| Ok(entry?.path()));
         let dirs = paths.filter(|path| path.as_ref().is_ok_and(|p| p.is_dir()) || path.is_err());
         dirs.collect()
+    }
+
+    /// Removes what a transfer that broke off has left: nothing was written to it for `ABANDONED`.
+    pub fn sweep(&self) -> io::Result<()> {
+        for dir in self.all()? {
+            let name = dir.file_name().unwrap_or_default().to_string_lossy();
+            if !name.starts_with("incoming-") {
+                continue;
+            }
+            let mut newest = fs::metadata(&dir)?.modified()?;
+            for entry in fs::read_dir(&dir)? {
+                newest = newest.max(entry?.metadata()?.modified()?);
+            }
+            if newest.elapsed().is_ok_and(|age| age > ABANDONED) {
+                fs::remove_dir_all(dir)?;
+            }
+        }
+        Ok(())
     }
 
     /// A fresh directory to receive a snapshot in, or to make one in.

@@ -19,6 +19,7 @@ use parking_lot::RwLock;
 use tokio::sync::{OwnedMutexGuard, watch};
 
 use super::replica::ReplicaDir;
+use super::rewriting::Counted;
 use super::types::{
     Entry, LogId, StoredMembership, decode_entry, decode_membership, log_id, machine_entry,
 };
@@ -57,6 +58,9 @@ pub struct Replica {
     sealed: watch::Sender<Option<Arc<str>>>,
     /// What was taken away last.
     closing: parking_lot::Mutex<(Weak<Engine>, Weak<TenantKeys>)>,
+    /// Keys that something beside the machine holds for a while; it stops when the tenant is sealed.
+    lent: parking_lot::Mutex<Weak<TenantKeys>>,
+    pub(super) counted: parking_lot::Mutex<Option<Counted>>,
 }
 
 /// Why the files in `path` cannot be opened with `keys`; none if they can.
@@ -113,6 +117,8 @@ impl Replica {
             passed: Arc::new(tokio::sync::Mutex::new(passed)),
             sealed: watch::Sender::new(None),
             closing: parking_lot::Mutex::default(),
+            lent: parking_lot::Mutex::default(),
+            counted: parking_lot::Mutex::default(),
         });
         let keys = keys.and_then(|keys| {
             let path = replica.dir.engine().map_err(|e| e.to_string())?;
@@ -138,8 +144,9 @@ impl Replica {
             false => BTreeMap::new(),
         };
         // What was said of the key may be older than what was done with it here.
-        if let Some((newest, _)) = files.last_key_value() {
-            keys.seal_under(*newest);
+        let newest = files.last_key_value().map(|(generation, _)| *generation);
+        for generation in newest.into_iter().chain(self.last_generation()) {
+            keys.seal_under(generation);
         }
         let engine = Engine::open(&path, keys.clone(), &self.budget)?;
         self.store.replace(engine)?;
@@ -235,7 +242,8 @@ impl Replica {
         let started = Instant::now();
         loop {
             let (engine, keys) = self.closing.lock().clone();
-            if engine.strong_count() + keys.strong_count() == 0 {
+            let lent = self.lent.lock().strong_count();
+            if engine.strong_count() + keys.strong_count() + lent == 0 {
                 return true;
             }
             if started.elapsed() > GONE_WITHIN {
@@ -244,6 +252,11 @@ impl Replica {
             }
             tokio::time::sleep(LOOK).await;
         }
+    }
+
+    /// Notes keys that are in use beside the machine: sealing is not over before they are gone.
+    pub fn lend(&self, keys: &Arc<TenantKeys>) {
+        *self.lent.lock() = Arc::downgrade(keys);
     }
 
     /// Opens a sealed replica and applies what has passed meanwhile.

@@ -207,6 +207,15 @@ fn build(replica: &Replica) -> io::Result<Option<Snapshot>> {
     let (Some(machine), Ok(engine)) = (replica.machine(), replica.store.engine()) else {
         return current(replica);
     };
+    match checkpoint(replica, &machine, engine) {
+        Ok(made) => Ok(Some(made)),
+        // Sealing ends what the engine does; that must not end the group.
+        Err(_) if replica.sealed().is_some() => current(replica),
+        Err(e) => Err(e),
+    }
+}
+
+fn checkpoint(replica: &Replica, machine: &Machine, engine: Arc<Engine>) -> io::Result<Snapshot> {
     let scratch = replica.dir.scratch("checkpoint");
     let _ = std::fs::remove_dir_all(&scratch);
     engine.checkpoint(&scratch)?;
@@ -216,7 +225,7 @@ fn build(replica: &Replica) -> io::Result<Option<Snapshot>> {
     let (meta, state) = read_meta(&scratch, replica, machine.keys().clone())?;
     let path = replica.dir.set_snapshot(&scratch, &meta, &state)?;
     let snapshot = SnapshotDir { path, state };
-    Ok(Some(Snapshot { meta, snapshot }))
+    Ok(Snapshot { meta, snapshot })
 }
 
 /// The position and membership that a checkpoint stands at, read from a linked copy of it.

@@ -91,6 +91,12 @@ impl Machine {
         &self.keys
     }
 
+    /// Lets go of the generations before `oldest`, and of what was derived of them.
+    pub fn forget_before(&self, oldest: u32) {
+        self.keys.drop_before(oldest);
+        self.codec.forget_before(oldest);
+    }
+
     pub fn codec(&self) -> &EntryCodec {
         &self.codec
     }

@@ -49,8 +49,10 @@ async fn counted(
 ) -> Result<(), RestoreError> {
     fetch(chain, manifest, file, dir).await?;
     let bytes = done.fetch_add(file.length, Ordering::Relaxed) + file.length;
-    report(Progress::Fetched { bytes, total });
-    Ok(())
+    match report(Progress::Fetched { bytes, total }) {
+        true => Ok(()),
+        false => Err(RestoreError::Stopped),
+    }
 }
 
 async fn fetch(

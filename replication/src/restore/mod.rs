@@ -59,6 +59,8 @@ pub enum RestoreError {
         "the digest after replay is {found}, the chain says {wanted}: the restored state is not the archived one"
     )]
     Digest { found: Digest, wanted: Digest },
+    #[error("it was stopped")]
+    Stopped,
     #[error("another restore took this tenant over as incarnation {0}")]
     Lost(u32),
     #[error(transparent)]
@@ -79,12 +81,21 @@ fn io(path: &Path) -> impl Fn(std::io::Error) -> RestoreError + '_ {
 /// How far a restore has come; sent as it goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Progress {
-    Fetched { bytes: u64, total: u64 },
-    Replayed { links: u64, total: u64 },
+    Fetched {
+        bytes: u64,
+        total: u64,
+    },
+    Replayed {
+        links: u64,
+        total: u64,
+    },
+    /// A row was counted.
+    Counting,
     Verified,
 }
 
-pub type Report = Arc<dyn Fn(Progress) + Send + Sync>;
+/// Answers whether to go on.
+pub type Report = Arc<dyn Fn(Progress) -> bool + Send + Sync>;
 
 /// A restored tenant, as a checkpoint to found its group from.
 pub struct Restored {

@@ -70,6 +70,7 @@ pub async fn newest(chain: &Chain, known: u64) -> Result<Plan, RestoreError> {
     // The newest manifest that reads is the base; an older one serves when it does not. Of two at
     // one link the one that stands further on counts: it may bridge a gap.
     let mut manifest: Option<Manifest> = None;
+    let mut refused = None;
     for path in checkpoint::list(chain.bucket(), group).await? {
         if let Some(found) = &manifest
             && checkpoint::link_of(&path) != Some(found.link)
@@ -88,15 +89,24 @@ pub async fn newest(chain: &Chain, known: u64) -> Result<Plan, RestoreError> {
         let bytes = got.bytes().await.map_err(|e| refuse(e.to_string()))?;
         match checkpoint::decode(chain.key(), group, &bytes) {
             Ok(found) => {
-                let further = |m: &Manifest| m.position.index < found.position.index;
+                // One that came late can be under a key that was destroyed since.
+                let rank = |m: &Manifest| (m.position.index, m.oldest);
+                let further = |m: &Manifest| rank(m) < rank(&found);
                 if manifest.as_ref().is_none_or(further) {
                     manifest = Some(found);
                 }
             }
             Err(e) => {
-                tracing::error!(object = %path, error = %e, "a checkpoint's manifest is refused; an older one is used")
+                tracing::error!(object = %path, error = %e, "a checkpoint's manifest is refused; an older one is used");
+                refused.get_or_insert(refuse(format!("it is refused: {e}")));
             }
         }
+    }
+    if let (None, Some(refused)) = (&manifest, refused)
+        && all.first() != Some(&1)
+    {
+        // The archive begins at it.
+        return Err(refused);
     }
     behind(chain, manifest, last).await
 }

@@ -32,7 +32,7 @@ pub fn run(
         check_manifest(plan, &store.state())?;
         let mut done = 0;
         replay(plan, &store, &keys, &report, &mut done, plan.total_links())?;
-        verify(plan, &store, &keys)?;
+        verify(plan, &store, &keys, &report)?;
         report(Progress::Verified);
         jump(&store)?;
         let checkpoint = dir.join("checkpoint");
@@ -84,10 +84,10 @@ fn replay(
     for link in &plan.links {
         apply(plan.group, link, &machine, store)?;
         *done += 1;
-        report(Progress::Replayed {
-            links: *done,
-            total,
-        });
+        let links = *done;
+        if !report(Progress::Replayed { links, total }) {
+            return Err(RestoreError::Stopped);
+        }
     }
     Ok(())
 }
@@ -151,8 +151,13 @@ fn apply(
 }
 
 /// Counts the digest from every row and compares it with what the chain says of the end.
-fn verify(plan: &Plan, store: &Store, keys: &TenantKeys) -> Result<(), RestoreError> {
-    let (found, _) = store.scan_digests(&Hasher::new(keys), |_| true)?;
+fn verify(
+    plan: &Plan,
+    store: &Store,
+    keys: &TenantKeys,
+    report: &Report,
+) -> Result<(), RestoreError> {
+    let (found, _) = store.scan_digests(&Hasher::new(keys), |_| report(Progress::Counting))?;
     let from_links = plan
         .links
         .iter()

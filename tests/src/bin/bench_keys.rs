@@ -78,20 +78,21 @@ async fn main() -> Result<()> {
             .create_tenant_with(name, "enhanced", 1_000, 60_000, key, "app")
             .await?;
     }
-    let load = Load::start(&region, "globex").await?;
-    let mut at_nodes = Served::connect(&region, "acme").await?;
     let (mut sealed, mut resumed) = (Vec::new(), Vec::new());
     for _ in 0..rounds() {
+        // A login ends after five minutes.
+        let load = Load::start(&region, "globex").await?;
+        let mut at_nodes = Served::connect(&region, "acme").await?;
         // Anywhere between two proofs.
         tokio::time::sleep(Duration::from_millis(rand::random_range(0..10_000))).await;
         with_key(&localstack.endpoint, "DisableKey", &arn).await?;
         sealed.push(at_nodes.sealed("disabled", BOUND).await?.last());
         with_key(&localstack.endpoint, "EnableKey", &arn).await?;
         resumed.push(at_nodes.resumed(BOUND).await?.last());
+        load.end().await?;
     }
     row("DisableKey to the last node's seal", sealed);
     row("EnableKey to the last node's service", resumed);
-    load.end().await?;
 
     let load = Load::start(&region, "acme").await?;
     println!("puts of acme, in turns of {} s:", WINDOW.as_secs());
