@@ -13,6 +13,8 @@ use holdfast_tests::servers;
 const BOUND: Duration = Duration::from_secs(60);
 const WINDOW: Duration = Duration::from_secs(6);
 const ROUNDS_BESIDE: usize = 4;
+/// Tenants whose keys are taken away at the same time, each at moments of its own.
+const AT_ONCE: usize = 10;
 /// Tenants for counting calls, and for how long they are counted.
 const TENANTS: usize = 30;
 const COUNTED: Duration = Duration::from_secs(90);
@@ -65,6 +67,27 @@ async fn measured(load: &Load) -> (f64, f64) {
     load.figures(began.elapsed())
 }
 
+/// Takes a tenant's key away and gives it back, again and again; answers how long the last node took
+/// to seal and to serve.
+async fn revoked(region: &Region, kms: &str, n: usize) -> Result<(Vec<Duration>, Vec<Duration>)> {
+    let (name, arn) = (format!("revoked-{n}"), create_key(kms).await?);
+    region
+        .create_tenant_with(&name, "enhanced", 1_000, 60_000, &arn, "app")
+        .await?;
+    let (mut sealed, mut resumed) = (Vec::new(), Vec::new());
+    for _ in 0..rounds().div_ceil(AT_ONCE) {
+        // A login ends after five minutes.
+        let mut at_nodes = Served::connect(region, &name).await?;
+        // Anywhere between two proofs.
+        tokio::time::sleep(Duration::from_millis(rand::random_range(0..30_000))).await;
+        with_key(kms, "DisableKey", &arn).await?;
+        sealed.push(at_nodes.sealed("disabled", BOUND).await?.last());
+        with_key(kms, "EnableKey", &arn).await?;
+        resumed.push(at_nodes.resumed(BOUND).await?.last());
+    }
+    Ok((sealed, resumed))
+}
+
 #[tokio::main]
 async fn main() -> Result<()> {
     let localstack = servers::localstack().await?;
@@ -78,21 +101,16 @@ async fn main() -> Result<()> {
             .create_tenant_with(name, "enhanced", 1_000, 60_000, key, "app")
             .await?;
     }
+    let load = Load::start(&region, "globex").await?;
+    let each = (0..AT_ONCE).map(|n| revoked(&region, &localstack.endpoint, n));
     let (mut sealed, mut resumed) = (Vec::new(), Vec::new());
-    for _ in 0..rounds() {
-        // A login ends after five minutes.
-        let load = Load::start(&region, "globex").await?;
-        let mut at_nodes = Served::connect(&region, "acme").await?;
-        // Anywhere between two proofs.
-        tokio::time::sleep(Duration::from_millis(rand::random_range(0..10_000))).await;
-        with_key(&localstack.endpoint, "DisableKey", &arn).await?;
-        sealed.push(at_nodes.sealed("disabled", BOUND).await?.last());
-        with_key(&localstack.endpoint, "EnableKey", &arn).await?;
-        resumed.push(at_nodes.resumed(BOUND).await?.last());
-        load.end().await?;
+    for (one, other) in futures::future::try_join_all(each).await? {
+        sealed.extend(one);
+        resumed.extend(other);
     }
     row("DisableKey to the last node's seal", sealed);
     row("EnableKey to the last node's service", resumed);
+    load.end().await?;
 
     let load = Load::start(&region, "acme").await?;
     println!("puts of acme, in turns of {} s:", WINDOW.as_secs());
@@ -147,8 +165,8 @@ async fn main() -> Result<()> {
     let before = calls(&region).await?;
     tokio::time::sleep(COUNTED).await;
     let made = (calls(&region).await? - before) as f64 / COUNTED.as_secs_f64();
-    // acme is under the same key; globex asks its keyfile.
-    let tenants = TENANTS + 2;
+    // Those of before, and globex, which asks its keyfile.
+    let tenants = TENANTS + AT_ONCE + 2;
     println!(
         "calls to the KMS: {made:.2} a second for {tenants} tenants on three nodes, so {:.0} for 1,000",
         made * 1000.0 / tenants as f64
