@@ -43,20 +43,18 @@ impl Meter {
 
     /// Waits for a turn.
     pub async fn turn(&self) {
-        let at = {
-            let mut state = self.state.lock();
-            let at = state.next.max(state.paused_until).max(Instant::now());
-            state.next = at + self.interval;
-            at
-        };
-        tokio::time::sleep_until(at).await;
-        // Whoever has waited for a turn waits for a pause that began meanwhile as well.
         loop {
-            let until = self.state.lock().paused_until;
-            if until <= Instant::now() {
+            let at = {
+                let mut state = self.state.lock();
+                let at = state.next.max(state.paused_until).max(Instant::now());
+                state.next = at + self.interval;
+                at
+            };
+            tokio::time::sleep_until(at).await;
+            // Who waited while a pause began gets another turn behind it.
+            if self.state.lock().paused_until <= at {
                 break;
             }
-            tokio::time::sleep_until(until).await;
         }
         self.calls.fetch_add(1, Ordering::Relaxed);
     }

@@ -65,6 +65,12 @@ async fn rewritten(client: &mut AdminClient<Channel>, name: String) -> Result<()
         let tenant = tenant.into_inner();
         if tenant.key_task.is_empty() {
             bar.finish_and_clear();
+            if !tenant.other_generations.is_empty() {
+                return Err(format!(
+                    "another task took the place of the rewriting: generations {:?} of {name} are still needed",
+                    tenant.other_generations
+                ));
+            }
             println!(
                 "Everything of {name} is under generation {}; the generations before it are destroyed.",
                 tenant.generation

@@ -257,6 +257,12 @@ async fn another_tenants_manifest_or_link_is_refused() -> Result<()> {
             .await?;
         let mut newest = Vec::new();
         for name in ["acme", "globex"] {
+            // Links of before, which the rewriting removes.
+            for n in 0..3 {
+                let mut client = region.client(name).await?;
+                client.put(format!("before/{n}"), "it", None).await?;
+                region.archived(name).await?;
+            }
             region
                 .operate(&["key", "rotate", name, "--rewrite"])
                 .await?;

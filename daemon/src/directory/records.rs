@@ -229,6 +229,8 @@ pub enum EventKind {
     Resumed,
     Rotated,
     KeyChanged,
+    /// The archive begins at a newer checkpoint: what is before it is destroyed.
+    ArchiveShortened,
     /// Everything is under the newest generation, and the older ones are destroyed.
     Rewritten,
     /// Something outside the jurisdiction was refused.
@@ -248,6 +250,7 @@ impl EventKind {
             EventKind::Resumed => "resumed",
             EventKind::Rotated => "rotated",
             EventKind::KeyChanged => "key-changed",
+            EventKind::ArchiveShortened => "archive-shortened",
             EventKind::Rewritten => "rewritten",
             EventKind::ResidencyRefused => "residency-refused",
             EventKind::Deleted => "deleted",

@@ -14,10 +14,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kms::{TenantId, WrappedKey};
+use parking_lot::Mutex;
 use replication::archive::chain::Chain;
-use replication::archive::rewriting::{begin, prove, shorten};
+use replication::archive::rewriting::{RewriteError, begin, prove, shorten};
 use replication::archive::s3;
 use replication::group::Group;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::key::KeyReport;
@@ -38,48 +40,90 @@ fn text(e: impl std::fmt::Display) -> String {
     e.to_string()
 }
 
-/// When a tenant is looked at again, after something did not succeed, and why it did not.
+/// Why a step is not done yet.
+enum NotYet {
+    /// Others have something to do first.
+    Waits(String),
+    Failed(String),
+}
+
+impl From<String> for NotYet {
+    fn from(why: String) -> Self {
+        NotYet::Failed(why)
+    }
+}
+
+/// When a tenant is looked at again, and why.
 struct Pause {
     until: Instant,
     length: Duration,
     why: String,
 }
 
-/// Rewrites the tenants whose record says so: this node's replica, and, where it leads, the rest. One
-/// tenant at a time.
+#[derive(Default)]
+struct Pauses(Mutex<HashMap<TenantId, Pause>>);
+
+impl Pauses {
+    fn is_over(&self, id: TenantId) -> bool {
+        let pauses = self.0.lock();
+        pauses.get(&id).is_none_or(|p| Instant::now() >= p.until)
+    }
+
+    fn end(&self, id: TenantId) {
+        self.0.lock().remove(&id);
+    }
+
+    fn note(&self, id: TenantId, done: Result<(), NotYet>) {
+        let mut pauses = self.0.lock();
+        let before = pauses.remove(&id);
+        let (why, longer) = match done {
+            Ok(()) => return,
+            Err(NotYet::Waits(why)) => (why, false),
+            Err(NotYet::Failed(why)) => (why, true),
+        };
+        if before.as_ref().is_none_or(|p| p.why != why) {
+            tracing::info!(tenant = %id, %why, "not everything is rewritten yet");
+        }
+        let length = match before {
+            Some(before) if longer => (before.length * 2).min(LONGEST_PAUSE),
+            _ => LOOK,
+        };
+        let until = Instant::now() + length;
+        pauses.insert(id, Pause { until, length, why });
+    }
+}
+
+/// Rewrites the tenants whose record says so: this node's replicas one after the other; and, beside
+/// that, what is a leader's to do, also of one tenant at a time.
 pub async fn keep(node: Arc<Node>) {
-    let mut pauses: HashMap<TenantId, Pause> = HashMap::new();
+    let pauses = Arc::new(Pauses::default());
+    let leading = Arc::new(Semaphore::new(1));
     loop {
         tokio::time::sleep(LOOK).await;
         for tenant in node.tenants.all() {
             let record = tenant.record();
             let Some(KeyTask::Rewrite { generation }) = record.key_task else {
-                pauses.remove(&record.id);
+                pauses.end(record.id);
                 continue;
             };
             let Ok(group) = tenant.group() else { continue };
-            let paused = pauses.get(&record.id);
-            if group.sealed().is_some() || paused.is_some_and(|p| Instant::now() < p.until) {
+            if group.sealed().is_some() || !pauses.is_over(record.id) {
                 continue;
             }
-            let done = async {
-                rewrite_here(&group, generation).await?;
-                match group.is_leader() {
-                    true => rewrite_everywhere(&node, &group, &record, generation).await,
-                    false => Ok(()),
-                }
-            };
-            let Err(why) = done.await else {
-                pauses.remove(&record.id);
+            if let Err(why) = rewrite_here(&group, generation).await {
+                pauses.note(record.id, Err(why));
                 continue;
-            };
-            let before = pauses.remove(&record.id).filter(|p| p.why == why);
-            if before.is_none() {
-                tracing::info!(tenant = %record.id, generation, %why, "not everything is rewritten yet");
             }
-            let length = before.map_or(LOOK, |p| (p.length * 2).min(LONGEST_PAUSE));
-            let until = Instant::now() + length;
-            pauses.insert(record.id, Pause { until, length, why });
+            if group.is_leader()
+                && let Ok(permit) = leading.clone().try_acquire_owned()
+            {
+                let (own, pauses) = (node.clone(), pauses.clone());
+                node.spawn(async move {
+                    let done = rewrite_everywhere(&own, &group, &record, generation).await;
+                    pauses.note(record.id, done);
+                    drop(permit);
+                });
+            }
         }
     }
 }
@@ -99,10 +143,11 @@ fn room(path: &Path, needed: u64) -> Result<(), String> {
 }
 
 /// Rewrites this node's files, and has the log purged of what is under older generations.
-async fn rewrite_here(group: &Arc<Group>, generation: u32) -> Result<(), String> {
+async fn rewrite_here(group: &Arc<Group>, generation: u32) -> Result<(), NotYet> {
     let sealing = group.keys().map(|keys| keys.sealing());
     if sealing.is_none_or(|sealing| sealing < generation) {
-        return Err("this node seals under an older generation yet".into());
+        let why = "this node seals under an older generation yet";
+        return Err(NotYet::Waits(why.into()));
     }
     let replica = group.replica().clone();
     let rewritten = tokio::task::spawn_blocking(move || {
@@ -145,13 +190,14 @@ fn behind(report: &KeyReport, generation: u32) -> Option<String> {
 }
 
 /// Every node of the placement must say that it needs no older generation.
-async fn none_behind(node: &Node, record: &TenantRecord, generation: u32) -> Result<(), String> {
+async fn none_behind(node: &Node, record: &TenantRecord, generation: u32) -> Result<(), NotYet> {
     let reports = node.key_reports(record).await;
     for name in &record.placement {
         let report = reports.iter().find(|(n, _)| n.name == *name);
-        let (_, report) = report.ok_or_else(|| format!("node {name} does not answer"))?;
+        let silent = || NotYet::Waits(format!("node {name} does not answer"));
+        let (_, report) = report.ok_or_else(silent)?;
         if let Some(why) = behind(report, generation) {
-            return Err(why);
+            return Err(NotYet::Waits(why));
         }
     }
     Ok(())
@@ -162,7 +208,7 @@ async fn rewrite_everywhere(
     group: &Arc<Group>,
     record: &TenantRecord,
     generation: u32,
-) -> Result<(), String> {
+) -> Result<(), NotYet> {
     let mut record = record.clone();
     if record.needed() != [generation] {
         none_behind(node, &record, generation).await?;
@@ -179,7 +225,7 @@ async fn rewrite_everywhere(
         });
         let begun = tokio::select! {
             begun = begin_anew(node, group, &record, generation, stop) => begun,
-            _ = sealed.wait_for(Option::is_some) => Err("the tenant was sealed here".into()),
+            _ = sealed.wait_for(Option::is_some) => Err(String::from("the tenant was sealed here")),
         };
         watch.abort();
         begun?;
@@ -204,10 +250,8 @@ async fn rewrite_everywhere(
     let (config, bucket) = (&node.config.bucket, &node.parts.bucket);
     let destroyed = s3::destroy_some(config, bucket, &keys, &older).await?;
     if let Some(kept) = destroyed.iter().find(|object| !object.left.is_empty()) {
-        return Err(format!(
-            "{} cannot be destroyed: {}",
-            kept.object, kept.left
-        ));
+        let why = format!("{} cannot be destroyed: {}", kept.object, kept.left);
+        return Err(NotYet::Failed(why));
     }
     failpoint("generations-destroyed");
     let done = change(node, &record, |r| r.key_task = None);
@@ -229,10 +273,12 @@ async fn begin_anew(
     let parts = &node.parts;
     let archive_key = node.archive_key().ok_or("the archive key is not known")?;
     let chain = Chain::new(parts.bucket.clone(), archive_key, record.group());
-    let beginning = begin(&chain, group).await.map_err(text)?;
+    let snapshot = group.checkpoint().map_err(text)?;
+    let files = snapshot.into_iter().flat_map(|found| found.files);
+    let lengths = files.map(|(_, file)| file.metadata().map_or(0, |m| m.len()));
+    room(&parts.data_dir, lengths.sum())?;
+    let beginning = begin(&chain, group, generation).await.map_err(text)?;
     failpoint("archive-begun");
-    let files = beginning.manifest.files.iter();
-    room(&parts.data_dir, files.map(|f| f.length).sum())?;
     // With what is in the bucket, as a restore has it.
     let wrapped = parts.keys.fetch(record.id, generation).await;
     let wrapped = wrapped.map_err(text)?;
@@ -242,8 +288,15 @@ async fn begin_anew(
     let dir = parts.drill_dir(record.group());
     let go_on = Arc::new(move || !stop.load(Ordering::Relaxed));
     let budget = parts.budget.clone();
-    let proven = prove(&chain, &beginning, keys, budget, &dir, go_on).await;
-    proven.map_err(text)?;
+    match prove(&chain, &beginning, keys, budget, &dir, go_on).await {
+        Ok(()) => {}
+        // An entry that changes nothing brings a link that does.
+        Err(e @ RewriteError::NoDigest(_)) => {
+            let _ = group.propose(Vec::new()).await;
+            return Err(text(e));
+        }
+        Err(e) => return Err(text(e)),
+    }
     failpoint("archive-proven");
     stands(node, record).await.map_err(text)?;
     if !group.is_leader() {
@@ -264,7 +317,7 @@ async fn begin_anew(
         said.push_str(&outlive);
     }
     tracing::info!(tenant = %record.id, generation, "{said}");
-    node.event(record, EventKind::Rewritten, said);
+    node.event(record, EventKind::ArchiveShortened, said);
     Ok(())
 }
 

@@ -48,7 +48,7 @@ pub enum RewriteError {
     #[error("the archive does not reach entry {0} yet")]
     NotArchived(u64),
     #[error(
-        "link {0} was made while the tenant was sealed, and carries no digest; the next write's does"
+        "link {0} was made while the tenant was sealed, and carries no digest; the next one does"
     )]
     NoDigest(u64),
     #[error("the newest checkpoint in the bucket is not under generation {0}")]
@@ -83,8 +83,15 @@ async fn open_tail(chain: &Chain) -> Result<Tail, RewriteError> {
 
 /// Uploads a checkpoint of this node that covers every link that there is now, behind the newest link
 /// that it covers when it is made.
-pub async fn begin(chain: &Chain, group: &Group) -> Result<Beginning, RewriteError> {
+pub async fn begin(
+    chain: &Chain,
+    group: &Group,
+    generation: u32,
+) -> Result<Beginning, RewriteError> {
     let first = open_tail(chain).await?;
+    if let Some(begun) = begun(chain, &first, generation).await? {
+        return Ok(begun);
+    }
     let deadline = Instant::now() + MADE_WITHIN;
     let (found, position) = loop {
         if let Some(found) = group.checkpoint()?
@@ -117,6 +124,29 @@ pub async fn begin(chain: &Chain, group: &Group) -> Result<Beginning, RewriteErr
     Ok(Beginning { object, manifest })
 }
 
+/// A checkpoint under `generation` that covers the whole chain, which an earlier try has uploaded.
+async fn begun(
+    chain: &Chain,
+    tail: &Tail,
+    generation: u32,
+) -> Result<Option<Beginning>, RewriteError> {
+    for object in checkpoint::list(chain.bucket(), chain.group()).await? {
+        if checkpoint::link_of(&object) < Some(tail.number) {
+            break;
+        }
+        let store = |e: object_store::Error| RewriteError::Store(format!("{object}: {e}"));
+        let bytes = chain.bucket().get(&object).await.map_err(store)?.bytes();
+        let bytes = bytes.await.map_err(store)?;
+        if let Ok(manifest) = checkpoint::decode(chain.key(), chain.group(), &bytes)
+            && manifest.oldest >= generation
+            && manifest.position.index >= tail.last_index()
+        {
+            return Ok(Some(Beginning { object, manifest }));
+        }
+    }
+    Ok(None)
+}
+
 /// Restores from `beginning`, as it is in the bucket, into `dir` with `keys`, compares the digest with
 /// the one that the chain carries, and removes what it restored.
 pub async fn prove(
@@ -133,26 +163,9 @@ pub async fn prove(
     let manifest = checkpoint::decode(chain.key(), chain.group(), &bytes.await.map_err(store)?);
     let manifest = manifest.map_err(|e| RewriteError::Store(format!("{object}: {e}")))?;
     let plan = plan::from(chain, manifest.clone()).await?;
-    if manifest.link > 0 {
-        let link = chain.read(manifest.link).await?;
-        if link.hash != manifest.link_hash {
-            return Err(RewriteError::Store(format!("{object} names another link")));
-        }
-        // Nothing lies behind the checkpoint: this link is what says how the state must be.
-        if plan.links.is_empty() {
-            let state = link
-                .header
-                .state
-                .filter(|_| link.header.last == Some(manifest.position));
-            let state = state.ok_or(RewriteError::NoDigest(manifest.link))?;
-            if state.digests != manifest.digests {
-                return Err(RestoreError::Digest {
-                    found: manifest.digests.keys,
-                    wanted: state.digests.keys,
-                }
-                .into());
-            }
-        }
+    // Where nothing lies behind the checkpoint, the link that it names says how the state must be.
+    if plan.links.is_empty() && plan.end(Some(manifest.position)).is_none() {
+        return Err(RewriteError::NoDigest(manifest.link));
     }
     let report = Arc::new(move |_| go_on());
     let restored = restore::rebuild(chain, &plan, chain.group(), keys, budget, dir, report).await;

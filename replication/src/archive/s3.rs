@@ -6,7 +6,7 @@ use std::sync::Arc;
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::Builder;
 use aws_sdk_s3::error::DisplayErrorContext;
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
 use kms::aws::sdk_config;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
@@ -14,6 +14,9 @@ use serde::{Deserialize, Serialize};
 use url::Url;
 
 use super::bucket::BucketConfig;
+
+/// Deletions at once.
+const IN_FLIGHT: usize = 16;
 
 /// Where the store says that the bucket lies. `Ok(None)`: it is a directory, or a store that does
 /// not tell, which proves nothing; what node.toml declares is all there is then.
@@ -171,33 +174,24 @@ async fn each_version(
         let versions = page.versions().iter().map(|v| (v.key(), v.version_id()));
         let markers = page.delete_markers().iter();
         let all = versions.chain(markers.map(|m| (m.key(), m.version_id())));
+        let mut deletions = Vec::new();
         for (key, version) in all.filter_map(|(key, version)| Some((key?, version))) {
             let object = key.strip_prefix(&root).unwrap_or(key).to_string();
             let entry = gone.entry(object.clone()).or_insert(Destroyed {
-                object,
+                object: object.clone(),
                 versions: 0,
                 left: String::new(),
             });
             entry.versions += 1;
-            if !delete(&entry.object) {
-                continue;
+            if delete(&object) {
+                let kept = delete_version(client, bucket, key, version);
+                deletions.push(async move { kept.await.map(|kept| (object, kept)) });
             }
-            let deleted = client
-                .delete_object()
-                .bucket(bucket)
-                .key(key)
-                .set_version_id(version.map(String::from))
-                .send()
-                .await;
-            if let Err(e) = deleted {
-                match e.as_service_error().and_then(|e| e.meta().code()) {
-                    // Object Lock, or a policy: it stays for as long as that says.
-                    Some(code @ ("AccessDenied" | "InvalidRequest" | "ObjectLocked")) => {
-                        let meta = e.as_service_error().and_then(|e| e.meta().message());
-                        entry.left = format!("{code}: {}", meta.unwrap_or_default());
-                    }
-                    _ => return Err(format!("deleting {key}: {}", DisplayErrorContext(e))),
-                }
+        }
+        let mut deletions = futures::stream::iter(deletions).buffer_unordered(IN_FLIGHT);
+        while let Some((object, kept)) = deletions.try_next().await? {
+            if let (Some(why), Some(entry)) = (kept, gone.get_mut(&object)) {
+                entry.left = why;
             }
         }
         let next = page.next_key_marker().map(String::from);
@@ -207,5 +201,32 @@ async fn each_version(
             }
             _ => return Ok(gone.into_values().collect()),
         }
+    }
+}
+
+/// Deletes one version; answers what keeps it, such as an Object Lock, or a policy: it stays for as
+/// long as that says.
+async fn delete_version(
+    client: &Client,
+    bucket: &str,
+    key: &str,
+    version: Option<&str>,
+) -> Result<Option<String>, String> {
+    let deleted = client
+        .delete_object()
+        .bucket(bucket)
+        .key(key)
+        .set_version_id(version.map(String::from))
+        .send()
+        .await;
+    let Err(e) = deleted else {
+        return Ok(None);
+    };
+    match e.as_service_error().and_then(|e| e.meta().code()) {
+        Some(code @ ("AccessDenied" | "InvalidRequest" | "ObjectLocked")) => {
+            let meta = e.as_service_error().and_then(|e| e.meta().message());
+            Ok(Some(format!("{code}: {}", meta.unwrap_or_default())))
+        }
+        _ => Err(format!("deleting {key}: {}", DisplayErrorContext(e))),
     }
 }

@@ -124,7 +124,9 @@ impl Replica {
     /// The generation that the newest entries of the log are under, if they hold commands.
     pub(super) fn last_generation(&self) -> Option<u32> {
         let last = self.log.last()?.index;
-        let read = self.log.read(last.saturating_sub(LAST), last + 1, READ);
+        let first = self.log.purged().map_or(0, |purged| purged.index + 1);
+        let first = first.max(last.saturating_sub(LAST));
+        let read = self.log.read(first, last + 1, READ);
         let under = read.ok()?.into_iter().rev();
         let mut under = under.filter_map(|(at, bytes)| generation_of(at, &bytes).ok().flatten());
         under.next()
@@ -137,7 +139,12 @@ impl Replica {
             .snapshot()?
             .and_then(|found| found.meta.last_log_id);
         let at = at.map_or(0, |id| id.index);
-        Ok(older.snapshot_bytes > 0 || older.entries > 0 && at < older.last_entry)
+        let applied = self.store.state().applied.map_or(0, |at| at.index);
+        // A purge that openraft has put off is taken up again behind a newer one.
+        Ok(
+            older.snapshot_bytes > 0
+                || older.entries > 0 && (at < older.last_entry || at < applied),
+        )
     }
 
     /// Writes every file of the engine anew, under the generation that seals. Blocking.

@@ -4,11 +4,11 @@ use futures::{StreamExt, TryStreamExt};
 use object_store::ObjectStoreExt;
 
 use super::RestoreError;
-use crate::GroupId;
 use crate::archive::bucket::link_path;
 use crate::archive::chain::{Chain, Tail};
 use crate::archive::checkpoint::{self, Manifest};
-use crate::archive::link::{Base, Link};
+use crate::archive::link::{Base, Header, Link, LinkState};
+use crate::{GroupId, Position};
 
 const IN_FLIGHT: usize = 8;
 
@@ -31,6 +31,14 @@ impl Plan {
             .map_or_else(|| self.start.clone(), Tail::from)
     }
 
+    /// What the chain says of the state at its end, if it says so of just that position.
+    pub fn end(&self, position: Option<Position>) -> Option<&LinkState> {
+        let headers = self.links.iter().rev().map(|l| &l.header);
+        let headers = headers.chain(self.start.header.as_ref());
+        let mut at = headers.filter(|header| position.is_some() && header.last == position);
+        at.find_map(|header| header.state.as_ref())
+    }
+
     pub fn push(&mut self, link: Link) {
         self.links.push(link);
     }
@@ -42,11 +50,9 @@ impl Plan {
 
     /// When the newest archived write was made, milliseconds since 1970.
     pub fn newest_ms(&self) -> u64 {
-        let own = self
-            .links
-            .iter()
-            .rev()
-            .find_map(|l| l.header.state.as_ref().map(|s| s.time_ms));
+        let headers = self.links.iter().rev().map(|l| &l.header);
+        let mut headers = headers.chain(self.start.header.as_ref());
+        let own = headers.find_map(|header| header.state.as_ref().map(|s| s.time_ms));
         own.or_else(|| self.before.as_ref().map(|b| b.newest_ms()))
             .unwrap_or(0)
     }
@@ -118,6 +124,27 @@ pub async fn from(chain: &Chain, manifest: Manifest) -> Result<Plan, RestoreErro
     behind(chain, Some(manifest), last).await
 }
 
+/// What the link that a manifest names says. It is not needed to restore: without it less is compared.
+async fn covered(chain: &Chain, manifest: &Manifest) -> Option<Header> {
+    match manifest.link > 0 {
+        true => match chain.read(manifest.link).await {
+            Ok(link) if link.hash == manifest.link_hash => Some(link.header),
+            Ok(_) => {
+                tracing::error!(
+                    link = manifest.link,
+                    "ALARM: the link that a checkpoint names is another one"
+                );
+                None
+            }
+            Err(e) => {
+                tracing::error!(error = %e, "the link that a checkpoint names cannot be read");
+                None
+            }
+        },
+        false => None,
+    }
+}
+
 /// A plan of `manifest` and every link behind it up to `last`.
 async fn behind(
     chain: &Chain,
@@ -130,7 +157,7 @@ async fn behind(
         Some(m) => Tail {
             number: m.link,
             hash: m.link_hash.clone(),
-            header: None,
+            header: covered(chain, m).await,
         },
         None => Tail::default(),
     };

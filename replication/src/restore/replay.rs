@@ -158,23 +158,11 @@ fn verify(
     report: &Report,
 ) -> Result<(), RestoreError> {
     let (found, _) = store.scan_digests(&Hasher::new(keys), |_| report(Progress::Counting))?;
-    let from_links = plan
-        .links
-        .iter()
-        .rev()
-        .find_map(|l| l.header.state.as_ref())
-        .map(|s| s.digests);
     let state = store.state();
-    let last = plan.links.iter().rev().find_map(|l| l.header.last);
-    let proven = plan
-        .links
-        .iter()
-        .rev()
-        .any(|l| l.header.last == last && l.header.state.is_some());
-    let wanted = match from_links {
-        Some(digests) if proven && last == state.applied => digests,
+    let wanted = match plan.end(state.applied) {
+        Some(end) => end.digests,
         // The end lies inside a batch: the running digest is all there is.
-        _ => state.digests,
+        None => state.digests,
     };
     if found != wanted {
         return Err(RestoreError::Digest {
