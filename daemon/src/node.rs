@@ -350,6 +350,7 @@ impl Node {
             .await;
             if let Err(why) = self.check_bucket().await {
                 tracing::error!(%why, "ALARM: the bucket does not lie where it must");
+                self.refused_place(why);
             }
         }
     }
@@ -523,6 +524,12 @@ struct Calls(std::sync::Weak<Node>);
 
 #[async_trait]
 impl DaemonCalls for Calls {
+    fn refused(&self, why: String) {
+        if let Some(node) = self.0.upgrade() {
+            node.refused_place(why);
+        }
+    }
+
     async fn call(&self, body: Bytes) -> Result<Bytes, String> {
         let node = self.0.upgrade().ok_or("the node is stopping")?;
         let question: Question = serde_json::from_slice(&body).map_err(|e| e.to_string())?;

@@ -1,7 +1,7 @@
 //! Row 31: whatever lies in another jurisdiction is refused: bucket, key, peer, node. A key of a KMS
 //! is tried in `kms.rs`, a restore target in `restore.rs`.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use daemon::pki::Authority;
@@ -56,7 +56,15 @@ async fn a_peer_of_another_jurisdiction_is_refused() -> Result<()> {
             "{jurisdiction}: connected is {connected}"
         );
     }
-    Ok(())
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let events = region.operate(&["events"]).await?;
+        if events.contains("residency-refused") && events.contains("jurisdiction us") {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "{events}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 /// A node does not start under a certificate of another jurisdiction than its configuration's.

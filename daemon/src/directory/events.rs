@@ -1,7 +1,7 @@
 //! Events: what operators must be able to look up afterwards. Kept in the directory, newest
 //! `limits::MAX_EVENTS`; each is logged when it happens as well.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +19,8 @@ const AGAIN: Duration = Duration::from_secs(1);
 #[derive(Default)]
 pub struct Pending {
     queue: Mutex<VecDeque<EventRecord>>,
+    /// Places that were refused.
+    refused: Mutex<HashSet<String>>,
     more: Notify,
 }
 
@@ -26,6 +28,15 @@ impl Node {
     /// Records an event of a tenant, as soon as the directory takes it.
     pub fn event(&self, tenant: &TenantRecord, kind: EventKind, detail: String) {
         self.event_of(&tenant.name, kind, detail);
+    }
+
+    /// Something outside the jurisdiction was refused that is no single tenant's: a peer, the bucket.
+    /// Each once, so that whoever tries again and again does not push the other events out.
+    pub fn refused_place(&self, why: String) {
+        let mut known = self.events.refused.lock();
+        if known.len() < limits::MAX_EVENTS && known.insert(why.clone()) {
+            self.event_of("", EventKind::ResidencyRefused, why);
+        }
     }
 
     /// As `event`, of a tenant that there may be no record of.

@@ -19,6 +19,9 @@ use crate::network::{Handler, Service, append};
 #[async_trait]
 pub trait DaemonCalls: Send + Sync + 'static {
     async fn call(&self, body: Bytes) -> Result<Bytes, String>;
+
+    /// A peer was refused, since it lies in another jurisdiction.
+    fn refused(&self, why: String);
 }
 
 /// All groups open on this node.
@@ -75,6 +78,12 @@ fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, String> {
 
 #[async_trait]
 impl Handler for Groups {
+    fn refused(&self, why: String) {
+        if let Some(daemon) = self.daemon.read().as_ref() {
+            daemon.refused(why);
+        }
+    }
+
     async fn call(&self, service: Service, id: GroupId, body: Bytes) -> Result<Bytes, String> {
         if service == Service::Daemon {
             let daemon = self.daemon.read().clone();

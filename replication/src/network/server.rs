@@ -26,6 +26,9 @@ const STREAM_QUEUE: usize = 64;
 pub trait Handler: Send + Sync + 'static {
     async fn call(&self, service: Service, group: GroupId, body: Bytes) -> Result<Bytes, String>;
 
+    /// A peer was refused, since it lies in another jurisdiction.
+    fn refused(&self, why: String);
+
     /// Runs a stream of appends until it ends; each reply goes to `replies`.
     async fn stream(
         &self,
@@ -78,6 +81,7 @@ async fn connection(
         let identity = Identity::of(certificate).map_err(|e| e.to_string())?;
         identity.check_region(ours).map_err(|e| {
             tracing::error!(peer = %identity.uri(), "a peer of another jurisdiction is refused");
+            handler.refused(format!("{}: {e}", identity.uri()));
             e.to_string()
         })?;
         let Identity::Node { name, .. } = identity else {
