@@ -121,12 +121,19 @@ impl ReplicaDir {
             if !name.starts_with("incoming-") {
                 continue;
             }
-            let mut newest = fs::metadata(&dir)?.modified()?;
-            for entry in fs::read_dir(&dir)? {
-                newest = newest.max(entry?.metadata()?.modified()?);
-            }
-            if newest.elapsed().is_ok_and(|age| age > ABANDONED) {
-                fs::remove_dir_all(dir)?;
+            let abandoned = || -> io::Result<bool> {
+                let mut newest = fs::metadata(&dir)?.modified()?;
+                for entry in fs::read_dir(&dir)? {
+                    newest = newest.max(entry?.metadata()?.modified()?);
+                }
+                Ok(newest.elapsed().is_ok_and(|age| age > ABANDONED))
+            };
+            match abandoned() {
+                Ok(true) => fs::remove_dir_all(dir)?,
+                Ok(false) => {}
+                // It is in use, and gone by now.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => return Err(e),
             }
         }
         Ok(())
