@@ -114,9 +114,9 @@ pub async fn keep(node: Arc<Node>) {
                 pauses.note(record.id, Err(why));
                 continue;
             }
-            if group.is_leader()
-                && let Ok(permit) = leading.clone().try_acquire_owned()
-            {
+            if !group.is_leader() {
+                pauses.end(record.id);
+            } else if let Ok(permit) = leading.clone().try_acquire_owned() {
                 let (own, pauses) = (node.clone(), pauses.clone());
                 node.spawn(async move {
                     let done = rewrite_everywhere(&own, &group, &record, generation).await;
@@ -155,7 +155,7 @@ async fn rewrite_here(group: &Arc<Group>, generation: u32) -> Result<(), NotYet>
         let mut older = replica.older(generation).map_err(text)?;
         if older.engine_bytes > 0 {
             room(&replica.dir.engine().map_err(text)?, older.engine_bytes)?;
-            replica.rewrite().map_err(text)?;
+            replica.rewrite(generation).map_err(text)?;
             failpoint("replica-rewritten");
             older = replica.older(generation).map_err(text)?;
             if older.engine_bytes > 0 {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::TryStreamExt;
 use kms::Secret;
+use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 use thiserror::Error;
 
@@ -120,18 +121,22 @@ impl Chain {
         Ok(numbers)
     }
 
-    pub async fn read(&self, number: u64) -> Result<Link, ChainError> {
-        let path = link_path(self.group, number);
-        let object = path.to_string();
+    /// An object of the chain, as it is.
+    pub(super) async fn get(&self, path: &Path) -> Result<Bytes, ChainError> {
         let store = |cause| match cause {
-            object_store::Error::NotFound { .. } => ChainError::Missing(object.clone()),
+            object_store::Error::NotFound { .. } => ChainError::Missing(path.to_string()),
             cause => ChainError::Store {
-                object: object.clone(),
+                object: path.to_string(),
                 cause,
             },
         };
-        let got = self.bucket.get(&path).await.map_err(store)?;
-        let bytes = got.bytes().await.map_err(store)?;
+        let got = self.bucket.get(path).await.map_err(store)?;
+        got.bytes().await.map_err(store)
+    }
+
+    pub async fn read(&self, number: u64) -> Result<Link, ChainError> {
+        let path = link_path(self.group, number);
+        let bytes = self.get(&path).await?;
         link::decode(&self.key, self.group, number, &bytes).map_err(|cause| ChainError::Refused {
             object: path.to_string(),
             cause,

@@ -99,6 +99,15 @@ pub fn decode(key: &Secret, group: GroupId, bytes: &[u8]) -> Result<Manifest, Li
     Ok(manifest)
 }
 
+/// Reads a manifest; `ChainError::Refused` if it is not the chain's.
+pub async fn read(chain: &Chain, object: &Path) -> Result<Manifest, ChainError> {
+    let bytes = chain.get(object).await?;
+    decode(chain.key(), chain.group(), &bytes).map_err(|cause| ChainError::Refused {
+        object: object.to_string(),
+        cause,
+    })
+}
+
 async fn upload_file(
     bucket: &Arc<dyn ObjectStore>,
     group: GroupId,

@@ -124,6 +124,19 @@ pub async fn begin(
     Ok(Beginning { object, manifest })
 }
 
+/// The manifest in `object`, if it reads and is under `generation` or a newer one.
+async fn read_under(
+    chain: &Chain,
+    object: &ObjectPath,
+    generation: u32,
+) -> Result<Option<Manifest>, ChainError> {
+    match checkpoint::read(chain, object).await {
+        Ok(manifest) => Ok((manifest.oldest >= generation).then_some(manifest)),
+        Err(ChainError::Refused { .. }) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
 /// A checkpoint under `generation` that covers the whole chain, which an earlier try has uploaded.
 async fn begun(
     chain: &Chain,
@@ -134,11 +147,7 @@ async fn begun(
         if checkpoint::link_of(&object) < Some(tail.number) {
             break;
         }
-        let store = |e: object_store::Error| RewriteError::Store(format!("{object}: {e}"));
-        let bytes = chain.bucket().get(&object).await.map_err(store)?.bytes();
-        let bytes = bytes.await.map_err(store)?;
-        if let Ok(manifest) = checkpoint::decode(chain.key(), chain.group(), &bytes)
-            && manifest.oldest >= generation
+        if let Some(manifest) = read_under(chain, &object, generation).await?
             && manifest.position.index >= tail.last_index()
         {
             return Ok(Some(Beginning { object, manifest }));
@@ -157,11 +166,7 @@ pub async fn prove(
     dir: &Path,
     go_on: GoOn,
 ) -> Result<(), RewriteError> {
-    let object = &beginning.object;
-    let store = |e: object_store::Error| RewriteError::Store(format!("{object}: {e}"));
-    let bytes = chain.bucket().get(object).await.map_err(store)?.bytes();
-    let manifest = checkpoint::decode(chain.key(), chain.group(), &bytes.await.map_err(store)?);
-    let manifest = manifest.map_err(|e| RewriteError::Store(format!("{object}: {e}")))?;
+    let manifest = checkpoint::read(chain, &beginning.object).await?;
     let plan = plan::from(chain, manifest.clone()).await?;
     // Where nothing lies behind the checkpoint, the link that it names says how the state must be.
     if plan.links.is_empty() && plan.end(Some(manifest.position)).is_none() {
@@ -201,12 +206,7 @@ pub async fn shorten(
         if checkpoint::link_of(&object) < Some(beginning.manifest.link) {
             continue;
         }
-        let store = |e: object_store::Error| RewriteError::Store(format!("{object}: {e}"));
-        let bytes = bucket.get(&object).await.map_err(store)?.bytes().await;
-        let manifest = checkpoint::decode(chain.key(), group, &bytes.map_err(store)?);
-        if let Ok(manifest) = manifest
-            && manifest.oldest >= generation
-        {
+        if let Some(manifest) = read_under(chain, &object, generation).await? {
             let files = manifest.files.iter();
             listed.extend(files.map(|f| file_path(group.tenant, &f.hash).to_string()));
             kept.insert(object.to_string());

@@ -77,21 +77,26 @@ pub fn generation_of(head: &[u8]) -> Option<u32> {
     ))
 }
 
+/// The generation that a file is under; none if it is not encrypted.
+pub fn generation_of_file(path: &Path) -> io::Result<Option<u32>> {
+    let mut head = [0u8; HEAD];
+    let file = fs::File::open(path)?;
+    let read = file.read_exact_at(&mut head, 0).is_ok();
+    Ok(read.then(|| generation_of(&head)).flatten())
+}
+
 /// Bytes of the files in `dir` by the generation that each is under.
 pub fn generations(dir: &Path) -> io::Result<BTreeMap<u32, u64>> {
     let mut found = BTreeMap::new();
     for entry in fs::read_dir(dir)? {
-        let mut head = [0u8; HEAD];
-        let file = match fs::File::open(entry?.path()) {
-            Ok(file) => file,
+        let path = entry?.path();
+        let looked = generation_of_file(&path).and_then(|under| Ok((under, fs::metadata(&path)?)));
+        match looked {
+            Ok((Some(under), meta)) => *found.entry(under).or_default() += meta.len(),
+            Ok((None, _)) => {}
             // An engine that runs removes files.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(e),
-        };
-        if file.read_exact_at(&mut head, 0).is_ok()
-            && let Some(generation) = generation_of(&head)
-        {
-            *found.entry(generation).or_default() += file.metadata()?.len();
         }
     }
     Ok(found)

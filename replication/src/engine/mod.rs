@@ -187,15 +187,37 @@ impl Engine {
         Ok(self.db.write_opt(batch, &self.unlogged)?)
     }
 
-    /// Writes every table anew, under the generation that seals, beside reads and writes. Blocking.
-    pub fn rewrite_tables(&self) {
+    /// Whether a table of `cf` is under a generation before `generation`.
+    fn has_older(&self, cf: Cf, generation: u32) -> Result<bool, EngineError> {
+        for table in self.db.live_files()? {
+            if table.column_family_name != cf.name() {
+                continue;
+            }
+            let path = self.path.join(table.name.trim_start_matches('/'));
+            match env::generation_of_file(&path) {
+                Ok(under) if under.is_some_and(|under| under < generation) => return Ok(true),
+                Ok(_) => {}
+                // Written anew since.
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                Err(e) => return Err(EngineError::Io(e.to_string())),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Writes tables under generations before `generation` anew, beside reads and writes. Blocking.
+    pub fn rewrite_tables(&self, generation: u32) -> Result<(), EngineError> {
         let mut options = CompactOptions::default();
         options.set_bottommost_level_compaction(BottommostLevelCompaction::ForceOptimized);
         options.set_exclusive_manual_compaction(false);
-        for cf in Cf::ALL {
-            self.db
-                .compact_range_cf_opt(self.cf(cf), None::<&[u8]>, None::<&[u8]>, &options);
+        // The first time, a table that is alone on the topmost level is only moved.
+        for cf in Cf::ALL.into_iter().chain(Cf::ALL) {
+            if self.has_older(cf, generation)? {
+                self.db
+                    .compact_range_cf_opt(self.cf(cf), None::<&[u8]>, None::<&[u8]>, &options);
+            }
         }
+        Ok(())
     }
 
     /// Ends what runs in the background, so that whoever waits for it is done.

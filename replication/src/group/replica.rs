@@ -1,8 +1,7 @@
 //! The directory of one replica.
 //!
 //! `engine-N/`: RocksDB; `ENGINE`: the number of the one in use; `snapshot-INDEX-TAG/` and
-//! `snapshot.json`:
-//! the newest checkpoint, which is the Raft snapshot; `incoming-*`: what is being
+//! `snapshot.json`: the newest checkpoint, which is the Raft snapshot; `incoming-*`: what is being
 //! received or removed; `FENCED`: the chain was closed by a restore; `DAMAGED`: a scan found it so.
 //!
 //! Invariants. A new engine is complete and synced before `ENGINE` names it, by a rename: a crash
@@ -228,7 +227,27 @@ pub fn open_files(dir: &Path) -> io::Result<Vec<(String, File)>> {
 /// Syncs every file of `dir` and the directory.
 pub fn sync_dir(dir: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
-        File::open(entry?.path())?.sync_all()?;
+        match File::open(entry?.path()) {
+            Ok(file) => file.sync_all()?,
+            // An engine that runs there removes files.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e),
+        }
     }
     File::open(dir)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A listed file that is gone when it is opened, as a running engine leaves them.
+    #[test]
+    fn a_file_that_an_engine_removes_meanwhile_stops_no_sync() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("stays"), "it").unwrap();
+        std::os::unix::fs::symlink("nowhere", dir.path().join("gone")).unwrap();
+        sync_dir(dir.path()).unwrap();
+        assert!(sync_dir(&dir.path().join("no-directory")).is_err());
+    }
 }

@@ -22,6 +22,8 @@ const READ: usize = 4 << 20;
 /// Entries looked at for the generation of the newest.
 const LAST: u64 = 32;
 const FRESH: Duration = Duration::from_millis(500);
+/// A purge behind a checkpoint that takes longer was put off.
+const PURGED_WITHIN: Duration = Duration::from_secs(5);
 
 /// What a replica keeps, and how much of it is under generations before the one asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -134,23 +136,23 @@ impl Replica {
 
     /// Whether a checkpoint made now would let go of some of it.
     pub fn checkpoint_helps(&self, older: &Older) -> io::Result<bool> {
-        let at = self
-            .dir
-            .snapshot()?
-            .and_then(|found| found.meta.last_log_id);
+        let snapshot = self.dir.snapshot()?;
+        let age = snapshot.as_ref().and_then(|found| {
+            let made = std::fs::metadata(&found.dir).and_then(|meta| meta.modified());
+            made.ok()?.elapsed().ok()
+        });
+        let at = snapshot.and_then(|found| found.meta.last_log_id);
         let at = at.map_or(0, |id| id.index);
-        let applied = self.store.state().applied.map_or(0, |at| at.index);
         // A purge that openraft has put off is taken up again behind a newer one.
-        Ok(
-            older.snapshot_bytes > 0
-                || older.entries > 0 && (at < older.last_entry || at < applied),
-        )
+        let put_off = age.is_some_and(|age| age > PURGED_WITHIN);
+        Ok(older.snapshot_bytes > 0 || older.entries > 0 && (at < older.last_entry || put_off))
     }
 
-    /// Writes every file of the engine anew, under the generation that seals. Blocking.
-    pub fn rewrite(&self) -> io::Result<()> {
+    /// Writes every file of the engine that is under a generation before `generation` anew, under the
+    /// one that seals. Blocking.
+    pub fn rewrite(&self, generation: u32) -> io::Result<()> {
         *self.counted.lock() = None;
-        self.store.engine()?.rewrite_tables();
+        self.store.engine()?.rewrite_tables(generation)?;
         let _passed = self.hold();
         let _one = self.snapshots.lock();
         let machine = self.machine().ok_or(EngineError::Sealed)?;

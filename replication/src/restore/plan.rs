@@ -1,11 +1,10 @@
 //! What a restore will read: the newest usable checkpoint and every link behind it.
 
 use futures::{StreamExt, TryStreamExt};
-use object_store::ObjectStoreExt;
 
 use super::RestoreError;
 use crate::archive::bucket::link_path;
-use crate::archive::chain::{Chain, Tail};
+use crate::archive::chain::{Chain, ChainError, Tail};
 use crate::archive::checkpoint::{self, Manifest};
 use crate::archive::link::{Base, Header, Link, LinkState};
 use crate::{GroupId, Position};
@@ -83,17 +82,7 @@ pub async fn newest(chain: &Chain, known: u64) -> Result<Plan, RestoreError> {
         {
             break;
         }
-        let refuse = |what: String| RestoreError::Object {
-            object: path.to_string(),
-            what,
-        };
-        let got = chain
-            .bucket()
-            .get(&path)
-            .await
-            .map_err(|e| refuse(e.to_string()))?;
-        let bytes = got.bytes().await.map_err(|e| refuse(e.to_string()))?;
-        match checkpoint::decode(chain.key(), group, &bytes) {
+        match checkpoint::read(chain, &path).await {
             Ok(found) => {
                 // One that came late can be under a key that was destroyed since.
                 let rank = |m: &Manifest| (m.position.index, m.oldest);
@@ -102,17 +91,18 @@ pub async fn newest(chain: &Chain, known: u64) -> Result<Plan, RestoreError> {
                     manifest = Some(found);
                 }
             }
-            Err(e) => {
-                tracing::error!(object = %path, error = %e, "a checkpoint's manifest is refused; an older one is used");
-                refused.get_or_insert(refuse(format!("it is refused: {e}")));
+            Err(e @ ChainError::Refused { .. }) => {
+                tracing::error!(error = %e, "a checkpoint's manifest is refused; an older one is used");
+                refused.get_or_insert(e);
             }
+            Err(e) => return Err(e.into()),
         }
     }
     if let (None, Some(refused)) = (&manifest, refused)
         && all.first() != Some(&1)
     {
         // The archive begins at it.
-        return Err(refused);
+        return Err(refused.into());
     }
     behind(chain, manifest, last).await
 }
