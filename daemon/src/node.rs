@@ -33,7 +33,7 @@ use crate::limits;
 use crate::residency::BucketPlace;
 use crate::server;
 use crate::tenant::key::{KeyReport, KeyStanding};
-use crate::tenant::{DRILL, Parts, Registry, deletion, rewriting, rotation};
+use crate::tenant::{DRILL, Parts, RESTORE, Registry, deletion, rewriting, rotation};
 
 const PEER_CALL: Duration = Duration::from_secs(5);
 pub(crate) const LOOK: Duration = Duration::from_millis(100);
@@ -132,7 +132,9 @@ impl Node {
         let dir = config.data_dir.clone();
         make_private(&dir).map_err(|e| at("data_dir", &e))?;
         // What a process that died was trying a restore in.
-        let _ = std::fs::remove_dir_all(dir.join(DRILL));
+        for scratch in [DRILL, RESTORE] {
+            let _ = std::fs::remove_dir_all(dir.join(scratch));
+        }
         let id = node_id(&dir)?;
         let tls = NodeTls::load(&config.tls.ca, &config.tls.cert, &config.tls.key, &[])
             .map_err(|e| e.to_string())?;

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use kms::Region;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 #[derive(Parser)]
 #[command(version, about = "Operates a Holdfast region")]
@@ -207,7 +209,32 @@ pub enum RestoreCommand {
         /// When the region was lost, in seconds since 1970, for the actual RPO; now if not given.
         #[arg(long)]
         lost_at: Option<u64>,
+        /// The moment that all tenants are restored to, such as 2026-11-22T10:00:00Z; the newest
+        /// state if not given. The directory is always restored to its newest state.
+        #[arg(long, value_parser = moment)]
+        at: Option<u64>,
     },
+    /// Takes a tenant of a region that serves back to an earlier moment, in place: exactly, with
+    /// nothing of what came after.
+    #[command(group = clap::ArgGroup::new("point").required(true).args(["at", "revision"]))]
+    Tenant {
+        name: String,
+        /// The state after the last write at or before this moment, such as 2026-11-22T10:00:00Z.
+        #[arg(long, value_parser = moment)]
+        at: Option<u64>,
+        /// The state at this revision.
+        #[arg(long)]
+        revision: Option<i64>,
+    },
+}
+
+/// Milliseconds since 1970 of a moment in RFC 3339.
+pub fn moment(text: &str) -> Result<u64, String> {
+    let refuse = |why: String| {
+        format!("\"{text}\" is not a moment ({why}); write it as 2026-11-22T10:00:00Z")
+    };
+    let at = OffsetDateTime::parse(text, &Rfc3339).map_err(|e| refuse(e.to_string()))?;
+    u64::try_from(at.unix_timestamp_nanos() / 1_000_000).map_err(|_| refuse("before 1970".into()))
 }
 
 /// Milliseconds of `250ms`, `1s`, `15m`, `24h` or `7d`.
@@ -239,6 +266,15 @@ pub fn milliseconds(text: &str) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn moments() {
+        assert_eq!(moment("1970-01-01T00:00:01.5Z"), Ok(1500));
+        assert_eq!(moment("1970-01-01T02:00:00+02:00"), Ok(0));
+        for bad in ["", "10:00", "2026-11-22", "1969-12-31T23:59:59Z"] {
+            assert!(moment(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn durations() {

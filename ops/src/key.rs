@@ -10,6 +10,7 @@ use daemon::proto::admin::{
     ChangeKeyRequest, ListEventsRequest, RotateKeyRequest, ShowTenantRequest,
 };
 use indicatif::{ProgressBar, ProgressStyle};
+use replication::clock::utc;
 use tonic::transport::Channel;
 
 use crate::args::KeyCommand;
@@ -105,7 +106,7 @@ pub async fn events(config: &Path, tenant: Option<String>) -> Result<ExitCode, S
     let rows: Vec<_> = list
         .events
         .into_iter()
-        .map(|e| vec![table::time(e.at_ms), e.node, e.tenant, e.kind, e.detail])
+        .map(|e| vec![utc(e.at_ms), e.node, e.tenant, e.kind, e.detail])
         .collect();
     table::print(&["TIME", "NODE", "TENANT", "EVENT", "DETAIL"], &rows);
     Ok(ExitCode::SUCCESS)

@@ -7,6 +7,7 @@ use daemon::admin_client::OperatorConfig;
 use daemon::proto::admin::{ResidencyRequest, ShowCertificateRequest};
 use daemon::residency::Report;
 use daemon::signed::{Signed, verify};
+use replication::clock::utc;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
@@ -45,7 +46,7 @@ fn show(report: &Report) {
         .map(|p| {
             let when = match p.at_ms {
                 0 => "never".into(),
-                at => table::time(at),
+                at => utc(at),
             };
             vec![
                 p.what.clone(),

@@ -1,4 +1,5 @@
-//! `holdfast restore region`: has an empty node restore the region, and shows how it goes.
+//! `holdfast restore`: has an empty node restore the region, or a node take a tenant back to an
+//! earlier moment, and shows how it goes.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -6,8 +7,14 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use daemon::admin_client::OperatorConfig;
-use daemon::proto::admin::{NodeStatusRequest, Outcome, RestoreEvent, RestoreRegionRequest};
+use daemon::proto::admin::admin_client::AdminClient;
+use daemon::proto::admin::{
+    NodeStatusRequest, Outcome, RestoreEvent, RestoreRegionRequest, RestoreTenantRequest,
+    ShowTenantRequest,
+};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use tonic::transport::Channel;
+use tonic::{Response, Status, Streaming};
 
 use crate::args::RestoreCommand;
 use crate::table;
@@ -16,17 +23,36 @@ use crate::table;
 const READY_WITHIN: Duration = Duration::from_secs(30);
 
 pub async fn run(config: &Path, command: RestoreCommand) -> Result<ExitCode, String> {
-    let RestoreCommand::Region { lost_at } = command;
     let operator = OperatorConfig::load(config)?;
-    let mut client = awaiting(&operator).await?;
-    let request = RestoreRegionRequest {
-        lost_at_ms: lost_at.map_or(0, |seconds| seconds * 1000),
-    };
-    let mut events = client
-        .restore_region(request)
-        .await
-        .map_err(|e| e.message().to_string())?
-        .into_inner();
+    match command {
+        RestoreCommand::Region { lost_at, at } => {
+            let mut client = awaiting(&operator).await?;
+            let request = RestoreRegionRequest {
+                lost_at_ms: lost_at.map_or(0, |seconds| seconds * 1000),
+                at_ms: at.unwrap_or(0),
+            };
+            show(client.restore_region(request).await).await?.finish()
+        }
+        RestoreCommand::Tenant { name, at, revision } => {
+            let mut client = holding(&operator, &name).await?;
+            let request = RestoreTenantRequest {
+                name,
+                at_ms: at.unwrap_or(0),
+                revision: revision.unwrap_or(0),
+            };
+            let screen = show(client.restore_tenant(request).await).await?;
+            let said = screen.said.ok_or("the node broke off; its log says why")?;
+            println!("\n{said}");
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// Follows a restore to its end.
+async fn show(
+    started: Result<Response<Streaming<RestoreEvent>>, Status>,
+) -> Result<Screen, String> {
+    let mut events = started.map_err(|e| e.message().to_string())?.into_inner();
     let mut screen = Screen::default();
     while let Some(event) = events
         .message()
@@ -35,13 +61,36 @@ pub async fn run(config: &Path, command: RestoreCommand) -> Result<ExitCode, Str
     {
         screen.show(event);
     }
-    screen.finish()
+    Ok(screen)
+}
+
+/// A node that holds a replica of the tenant.
+async fn holding(operator: &OperatorConfig, name: &str) -> Result<AdminClient<Channel>, String> {
+    let mut why = String::from("no node answers");
+    for endpoint in &operator.endpoints {
+        let Ok(mut client) = operator.connect_to(*endpoint).await else {
+            continue;
+        };
+        let request = ShowTenantRequest { name: name.into() };
+        let shown = match client.show_tenant(request).await {
+            Ok(shown) => shown.into_inner(),
+            Err(e) => {
+                why = e.message().to_string();
+                continue;
+            }
+        };
+        let status = client.node_status(NodeStatusRequest {}).await;
+        let status = status.map_err(|e| e.message().to_string())?.into_inner();
+        if shown.placement.contains(&status.name) {
+            return Ok(client);
+        }
+        why = format!("none of the nodes {} answers", shown.placement.join(", "));
+    }
+    Err(why)
 }
 
 /// The first node that awaits a restore, or serves a region that was restored in part. It is asked again while nodes are starting.
-async fn awaiting(
-    operator: &OperatorConfig,
-) -> Result<daemon::proto::admin::admin_client::AdminClient<tonic::transport::Channel>, String> {
+async fn awaiting(operator: &OperatorConfig) -> Result<AdminClient<Channel>, String> {
     let deadline = Instant::now() + READY_WITHIN;
     loop {
         let mut said = Vec::new();
@@ -74,6 +123,8 @@ struct Screen {
     tenants: HashMap<String, ProgressBar>,
     done: Vec<(String, Outcome)>,
     refused: Vec<(String, String)>,
+    /// What came of a tenant that was taken back.
+    said: Option<String>,
 }
 
 impl Screen {
@@ -93,8 +144,9 @@ impl Screen {
         match event.phase.as_str() {
             "serving" => {
                 bar.finish();
-                if let Some(outcome) = event.outcome {
-                    self.done.push((event.tenant, outcome));
+                match event.outcome {
+                    Some(outcome) => self.done.push((event.tenant, outcome)),
+                    None => self.said = Some(event.message),
                 }
             }
             "refused" => {

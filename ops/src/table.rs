@@ -31,19 +31,3 @@ pub fn duration(ms: u64) -> String {
         _ => format!("{:.0} h", ms as f64 / 3.6e6),
     }
 }
-
-/// Milliseconds since 1970 as a time of day in UTC.
-pub fn time(ms: u64) -> String {
-    let at = time::OffsetDateTime::from_unix_timestamp_nanos(i128::from(ms) * 1_000_000);
-    match at {
-        Ok(at) => format!(
-            "{}T{:02}:{:02}:{:02}.{:03}Z",
-            at.date(),
-            at.hour(),
-            at.minute(),
-            at.second(),
-            at.millisecond()
-        ),
-        Err(_) => ms.to_string(),
-    }
-}

@@ -8,6 +8,7 @@ use daemon::proto::admin::{
     CreateTenantRequest, DeleteTenantRequest, KeyReport, ListTenantsRequest, NodeStatusRequest,
     SetTenantRequest, ShowTenantRequest, Tenant, UndeleteTenantRequest,
 };
+use replication::clock::utc;
 
 use crate::args::{Create, TenantCommand, milliseconds};
 use crate::table;
@@ -75,7 +76,7 @@ pub async fn run(config: &Path, command: TenantCommand) -> Result<ExitCode, Stri
             match answer.certificate.is_empty() {
                 true => println!(
                     "Tenant {name} is deleted. It is destroyed at {}; until then 'holdfast tenant undelete {name}' brings it back.",
-                    table::time(answer.due_ms)
+                    utc(answer.due_ms)
                 ),
                 false => println!("{}", answer.certificate),
             }

@@ -5,6 +5,7 @@
 //! `engine`, `archive` ships them to object storage and `restore` replays them.
 
 pub mod archive;
+pub mod clock;
 pub mod command;
 pub mod engine;
 pub mod group;

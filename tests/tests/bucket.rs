@@ -41,8 +41,18 @@ async fn restores_all(mut region: Region, count: usize) -> Result<()> {
     let (ok, table) = region.lose_and_restore().await?;
     ensure!(ok, "{table}");
     let mut client = region.client("acme").await?;
+    let deadline = Instant::now() + Duration::from_secs(60);
     for n in 0..count {
-        let found = client.get(format!("key/{n}"), None).await?;
+        let found = loop {
+            match client.get(format!("key/{n}"), None).await {
+                Ok(found) => break found,
+                // As it says: another node is asked next.
+                Err(e) => ensure!(
+                    e.to_string().contains("is being filled") && Instant::now() < deadline,
+                    "key/{n}: {e}"
+                ),
+            }
+        };
         let value = found.kvs().first().map(|kv| kv.value().to_vec());
         ensure!(
             value.as_deref() == Some(n.to_string().as_bytes()),

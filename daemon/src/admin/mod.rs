@@ -11,6 +11,7 @@ use kms::{KeyUri, TenantId, WrappedKey};
 use replication::network::Identity;
 use replication::proto::command::command::Op;
 use replication::proto::command::{Command, PutUser};
+use replication::restore::Point;
 use tonic::codegen::BoxStream;
 use tonic::service::Routes;
 use tonic::{Request, Response, Status};
@@ -24,8 +25,9 @@ use crate::proto::admin::admin_server::{Admin, AdminServer};
 use crate::proto::admin::{
     ChangeKeyRequest, CreateTenantRequest, DeleteTenantRequest, DeleteTenantResponse, EventList,
     ListEventsRequest, ListTenantsRequest, NodeStatusRequest, NodeStatusResponse, ResidencyRequest,
-    RestoreEvent, RestoreRegionRequest, RotateKeyRequest, SetTenantRequest, ShowCertificateRequest,
-    ShowTenantRequest, Statement, Tenant as TenantMessage, TenantList, UndeleteTenantRequest,
+    RestoreEvent, RestoreRegionRequest, RestoreTenantRequest, RotateKeyRequest, SetTenantRequest,
+    ShowCertificateRequest, ShowTenantRequest, Statement, Tenant as TenantMessage, TenantList,
+    UndeleteTenantRequest,
 };
 use crate::tenant::Tenant;
 use crate::tenant::key::now_ms;
@@ -216,6 +218,7 @@ impl AdminService {
             rotated_ms: now_ms(),
             rotate_days: 0,
             deletion: None,
+            restoring: None,
         };
         directory
             .put_tenant(&record, 0)
@@ -445,7 +448,36 @@ impl Admin for AdminService {
         request: Request<RestoreRegionRequest>,
     ) -> Result<Response<BoxStream<RestoreEvent>>, Status> {
         self.operator(&request)?;
-        let lost_at_ms = request.get_ref().lost_at_ms;
-        Ok(Response::new(restore::start(self.0.clone(), lost_at_ms)?))
+        let request = request.get_ref();
+        let asked = restore::Asked::Region {
+            lost_at_ms: request.lost_at_ms,
+            point: match request.at_ms {
+                0 => Point::Newest,
+                at => Point::Time(at),
+            },
+        };
+        Ok(Response::new(restore::start(self.0.clone(), asked)?))
+    }
+
+    async fn restore_tenant(
+        &self,
+        request: Request<RestoreTenantRequest>,
+    ) -> Result<Response<BoxStream<RestoreEvent>>, Status> {
+        self.operator(&request)?;
+        let request = request.into_inner();
+        let point = match (request.at_ms, request.revision) {
+            (at, 0) if at > 0 => Point::Time(at),
+            (0, revision) if revision > 0 => Point::Revision(revision),
+            _ => {
+                return Err(Status::invalid_argument(
+                    "name a time or a revision, above 0, and not both",
+                ));
+            }
+        };
+        let asked = restore::Asked::Tenant {
+            name: request.name,
+            point,
+        };
+        Ok(Response::new(restore::start(self.0.clone(), asked)?))
     }
 }

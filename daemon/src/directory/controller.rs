@@ -140,7 +140,7 @@ async fn open_group(node: &Arc<Node>, tenant: &Tenant) -> Result<Arc<Group>, Str
             let report = node.report();
             let parts = &node.parts;
             // Whatever keeps the key away: the group goes on without it.
-            let keys = match record.deleted() {
+            let keys = match record.withheld() {
                 Some(why) => Err(why),
                 None => keys(parts, tenant, record).await,
             };

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use kms::{KeyUri, TenantId};
 use replication::GroupId;
+use replication::clock::utc;
 use serde::{Deserialize, Serialize};
 
 use crate::limits::DEFAULT_GRACE;
@@ -92,6 +93,9 @@ pub struct TenantRecord {
     pub rotate_days: u32,
     #[serde(default)]
     pub deletion: Option<Deletion>,
+    /// Why it is withheld while it is restored in place.
+    #[serde(default)]
+    pub restoring: Option<String>,
 }
 
 /// A tenant that is being deleted. Times are milliseconds since 1970.
@@ -169,10 +173,16 @@ impl TenantRecord {
         Some(match deletion.destroying {
             true => "it was deleted, and its keys are being destroyed".into(),
             false => format!(
-                "it is deleted; 'holdfast tenant undelete {}' brings it back until its grace ends, {} ms after 1970",
-                self.name, deletion.due_ms
+                "it is deleted; 'holdfast tenant undelete {}' brings it back until its grace ends, {}",
+                self.name,
+                utc(deletion.due_ms)
             ),
         })
+    }
+
+    /// Why a tenant is not served, whatever its key; none if it is.
+    pub fn withheld(&self) -> Option<String> {
+        self.deleted().or_else(|| self.restoring.clone())
     }
 
     /// Whether the grace of its deletion has passed.
@@ -235,6 +245,8 @@ pub enum EventKind {
     Rewritten,
     /// Something outside the jurisdiction was refused.
     ResidencyRefused,
+    /// It was taken back to an earlier moment.
+    Restored,
     /// The grace before its destruction began.
     Deleted,
     Undeleted,
@@ -253,6 +265,7 @@ impl EventKind {
             EventKind::ArchiveShortened => "archive-shortened",
             EventKind::Rewritten => "rewritten",
             EventKind::ResidencyRefused => "residency-refused",
+            EventKind::Restored => "restored",
             EventKind::Deleted => "deleted",
             EventKind::Undeleted => "undeleted",
             EventKind::Destroyed => "destroyed",

@@ -26,6 +26,8 @@ use auth::{Session, Sessions};
 /// The version that clients see; they switch features on by it.
 pub const ETCD_VERSION: &str = "3.7.3";
 
+/// Said by a node that has not yet been sent what its replica is to hold.
+const FILLING: &str = "this node's replica is being filled from its peers; ask another node";
 const OPENING_LOOK: std::time::Duration = std::time::Duration::from_millis(20);
 
 /// What the services share.
@@ -66,16 +68,25 @@ impl Gateway {
         self.group_of(&session.tenant).await
     }
 
-    /// The group of a tenant, if this node may use its key. One that is just being opened here is
-    /// waited for.
+    /// The group of a tenant, if this node may use its key. One that is just being opened or filled
+    /// here is waited for.
     pub async fn group_of(&self, tenant: &Tenant) -> Result<Arc<Group>, Status> {
         let deadline = tokio::time::Instant::now() + limits::OPENING;
-        while tenant.is_opening() && tokio::time::Instant::now() < deadline {
+        let pending = |group: &Result<Arc<Group>, String>| match group {
+            Ok(group) => !group.has_joined(),
+            Err(_) => tenant.is_opening(),
+        };
+        let mut group = tenant.group();
+        while pending(&group) && tokio::time::Instant::now() < deadline {
             tokio::time::sleep(OPENING_LOOK).await;
+            group = tenant.group();
         }
-        let group = tenant.group().map_err(|why| {
-            Status::unavailable(format!("etcdserver: no leader (holdfast: {why})"))
-        })?;
+        let no_leader =
+            |why: &str| Status::unavailable(format!("etcdserver: no leader (holdfast: {why})"));
+        let group = group.map_err(|why| no_leader(&why))?;
+        if !group.has_joined() {
+            return Err(no_leader(FILLING));
+        }
         check_key(tenant, &group)?;
         Ok(group)
     }

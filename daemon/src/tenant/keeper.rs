@@ -74,7 +74,7 @@ pub async fn keep(node: Arc<Node>, tenant: Arc<Tenant>, group: Arc<Group>) {
         }
     }
     // Nothing looks after its keys any more.
-    let why = tenant.record().deleted();
+    let why = tenant.record().withheld();
     let why = why.as_deref().unwrap_or("the tenant has moved on");
     group.seal(why).await;
 }
@@ -82,7 +82,7 @@ pub async fn keep(node: Arc<Node>, tenant: Arc<Tenant>, group: Arc<Group>) {
 impl Keeper {
     /// Asks once; answers when to ask again.
     async fn round(&mut self) -> Duration {
-        if let Some(why) = self.tenant.record().deleted() {
+        if let Some(why) = self.tenant.record().withheld() {
             self.probe = None;
             if self.group.sealed().as_deref() != Some(why.as_str()) {
                 self.group.seal(&why).await;

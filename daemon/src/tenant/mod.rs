@@ -32,6 +32,8 @@ use key::KeyStanding;
 
 /// Where restores are tried, below the data directory.
 pub const DRILL: &str = "drill";
+/// Where a restore is made, below the data directory.
+pub const RESTORE: &str = "restore";
 
 /// What opening a tenant needs of its node.
 pub struct Parts {

@@ -28,7 +28,7 @@ const HELD_LOOK: Duration = Duration::from_millis(50);
 const DAY_MS: u64 = 24 * 3600 * 1000;
 
 #[derive(Debug, thiserror::Error)]
-pub(super) enum TaskError {
+pub enum TaskError {
     #[error(transparent)]
     Key(#[from] WrappedKeyError),
     #[error(transparent)]
@@ -78,7 +78,7 @@ async fn schedule(node: &Node, tenant: &Tenant) {
 }
 
 /// Changes the tenant's record, if it is still the one that this node knows.
-pub(super) async fn change(
+pub async fn change(
     node: &Node,
     known: &TenantRecord,
     with: impl FnOnce(&mut TenantRecord),

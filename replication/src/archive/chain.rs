@@ -94,6 +94,15 @@ impl Chain {
         self.group
     }
 
+    /// The same tenant's chain of another incarnation.
+    pub fn of(&self, incarnation: u32) -> Self {
+        let group = GroupId {
+            incarnation,
+            ..self.group
+        };
+        Chain::new(self.bucket.clone(), self.key.clone(), group)
+    }
+
     pub fn bucket(&self) -> &Arc<dyn ObjectStore> {
         &self.bucket
     }

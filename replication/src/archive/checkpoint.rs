@@ -46,6 +46,9 @@ pub struct Manifest {
     pub link_hash: String,
     pub position: Position,
     pub revision: i64,
+    /// Effective time of `position`, milliseconds since 1970; 0 where it is not said.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub time_ms: u64,
     pub digests: Digests,
     /// The oldest key generation that one of the files is under; 0 where it is not said.
     #[serde(default, skip_serializing_if = "is_unknown")]
@@ -55,6 +58,10 @@ pub struct Manifest {
 
 fn is_unknown(generation: &u32) -> bool {
     *generation == 0
+}
+
+fn is_zero(time_ms: &u64) -> bool {
+    *time_ms == 0
 }
 
 impl Manifest {
@@ -68,6 +75,7 @@ impl Manifest {
             link_hash: behind.1,
             position,
             revision: state.revision,
+            time_ms: state.time_ms,
             digests: state.digests,
             oldest: 0,
             files: Vec::new(),
@@ -237,6 +245,7 @@ mod tests {
                 index: 5,
             },
             revision: 9,
+            time_ms: 0,
             digests: Digests::default(),
             oldest: 0,
             files: vec![ManifestFile {

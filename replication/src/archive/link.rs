@@ -38,6 +38,21 @@ pub struct Base {
     pub position: Position,
     /// Revision after the jump.
     pub revision: i64,
+    /// Of a restore to an earlier moment: what it began from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
+}
+
+/// The moment that a restore went back to. `Base::position` is of this incarnation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Origin {
+    pub incarnation: u32,
+    /// Of the entry at `position`, only the commands up to this revision.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<i64>,
+    /// When it was gone back, milliseconds since 1970: the effective time goes on from there.
+    pub at_ms: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

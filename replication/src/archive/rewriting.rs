@@ -173,9 +173,9 @@ pub async fn prove(
         return Err(RewriteError::NoDigest(manifest.link));
     }
     let report = Arc::new(move |_| go_on());
-    let restored = restore::rebuild(chain, &plan, chain.group(), keys, budget, dir, report).await;
+    let restored = restore::rebuild(chain, &plan, keys, budget, dir, report).await;
     let removed = tokio::fs::remove_dir_all(dir).await;
-    restored?;
+    drop(restored?);
     Ok(removed?)
 }
 
@@ -191,12 +191,15 @@ pub async fn shorten(
     open_tail(chain).await?;
     let mut last_links = Vec::new();
     for incarnation in 1..group.incarnation {
-        let before = GroupId {
-            incarnation,
-            ..group
-        };
-        let before = Chain::new(bucket.clone(), chain.key().clone(), before);
-        last_links.push(before.numbers(0).await?.last().copied().unwrap_or(0));
+        last_links.push(
+            chain
+                .of(incarnation)
+                .numbers(0)
+                .await?
+                .last()
+                .copied()
+                .unwrap_or(0),
+        );
     }
     last_links.push(beginning.manifest.link);
     // Another node may be doing the same: what it has begun stays.

@@ -124,6 +124,8 @@ pub struct Shared {
     min_voters: usize,
     fenced: AtomicBool,
     quarantined: AtomicBool,
+    /// This node was a voter at some time: its replica was filled.
+    joined: AtomicBool,
     /// The term in which this node's archiver has looked whether the chain is closed.
     cleared: AtomicU64,
 }
@@ -274,6 +276,7 @@ impl Group {
             min_voters: given.min_voters,
             fenced: AtomicBool::new(false),
             quarantined: AtomicBool::new(false),
+            joined: AtomicBool::new(false),
             cleared: AtomicU64::new(0),
         });
         let group = Arc::new(Group {
@@ -296,6 +299,18 @@ impl Group {
 
     pub fn id(&self) -> GroupId {
         self.shared.group
+    }
+
+    /// Whether this replica was filled: it votes, or has voted.
+    pub fn has_joined(&self) -> bool {
+        let joined = &self.shared.joined;
+        if !joined.load(Ordering::Relaxed) {
+            let metrics = self.raft().metrics();
+            let metrics = metrics.borrow_watched();
+            let mut voters = metrics.membership_config.voter_ids();
+            joined.store(voters.any(|id| id == metrics.id), Ordering::Relaxed);
+        }
+        joined.load(Ordering::Relaxed)
     }
 
     pub fn store(&self) -> &Arc<Store> {

@@ -23,7 +23,7 @@ use crate::mvcc::record::{DELETE, Event, PUT, Record};
 use crate::mvcc::view::{Overlay, View};
 use crate::proto::command::command::Op;
 use crate::proto::command::reply::Result as ReplyResult;
-use crate::proto::command::{Command, Done, PutUser, Reply, User};
+use crate::proto::command::{Batch, Command, Done, PutUser, Reply, User};
 use crate::proto::etcdserverpb::request_op::Request;
 use crate::proto::etcdserverpb::response_op::Response;
 use crate::proto::etcdserverpb::{
@@ -67,6 +67,57 @@ impl MachineError {
     }
 }
 
+/// How far entries are applied; nothing behind it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    End,
+    /// The last entry at or before this effective time, milliseconds since 1970.
+    Time(u64),
+    /// The command that this revision came of, also within an entry.
+    Revision(i64),
+    /// The entry at this index; of that only the commands up to a revision, if it is given.
+    Entry {
+        index: u64,
+        revision: Option<i64>,
+    },
+}
+
+impl Until {
+    /// Whether an entry at `index`, of effective time `time_ms`, lies behind it.
+    fn ends_before(self, state: &State, index: u64, time_ms: u64) -> bool {
+        match self {
+            Until::End => false,
+            Until::Time(last) => time_ms > last,
+            Until::Revision(last) => state.revision >= last,
+            Until::Entry { index: last, .. } if index > last => true,
+            Until::Entry { .. } => self.ends_within(state, index),
+        }
+    }
+
+    /// Whether what is left of the entry at `index` lies behind it.
+    fn ends_within(self, state: &State, index: u64) -> bool {
+        match self {
+            Until::End | Until::Time(_) => false,
+            Until::Revision(last) => state.revision >= last,
+            Until::Entry {
+                index: last,
+                revision,
+            } => index == last && revision.is_some_and(|last| state.revision >= last),
+        }
+    }
+}
+
+/// What was applied of some entries.
+#[derive(Debug, Default)]
+pub struct Applied {
+    /// Of each entry that was applied.
+    pub replies: Vec<Vec<Reply>>,
+    /// Something lay behind the end.
+    pub ended: bool,
+    /// The end lies within the last entry that was applied.
+    pub is_cut: bool,
+}
+
 /// Applies the entries of one group to one store. It holds the tenant's keys.
 pub struct Machine {
     store: Arc<Store>,
@@ -103,19 +154,25 @@ impl Machine {
 
     /// Applies `entries` in order, atomically; answers the replies of each.
     pub fn apply(&self, entries: Vec<Entry>) -> Result<Vec<Vec<Reply>>, MachineError> {
+        Ok(self.apply_until(entries, Until::End)?.replies)
+    }
+
+    /// Applies what of `entries` does not lie behind `until`, in order, atomically.
+    pub fn apply_until(&self, entries: Vec<Entry>, until: Until) -> Result<Applied, MachineError> {
         let mut latest = self.latest.lock();
-        let replies = self.apply_with(entries, &mut latest);
-        if replies.is_err() {
+        let applied = self.apply_with(entries, until, &mut latest);
+        if applied.is_err() {
             latest.clear();
         }
-        replies
+        applied
     }
 
     fn apply_with(
         &self,
         entries: Vec<Entry>,
+        until: Until,
         latest: &mut Latest,
-    ) -> Result<Vec<Vec<Reply>>, MachineError> {
+    ) -> Result<Applied, MachineError> {
         let engine = self.store.engine()?;
         latest.bind(&engine);
         let mut writer = Writer {
@@ -130,16 +187,28 @@ impl Machine {
             sub: 0,
         };
         writer.base = writer.state.revision;
-        let mut replies = Vec::with_capacity(entries.len());
+        let mut applied = Applied {
+            replies: Vec::with_capacity(entries.len()),
+            ..Applied::default()
+        };
         for entry in entries {
-            replies.push(self.apply_one(&mut writer, entry)?);
+            self.apply_one(&mut writer, entry, until, &mut applied)?;
+            if applied.ended {
+                break;
+            }
         }
         writer.state.write(&engine, &mut writer.batch);
         self.store.commit(writer.batch, writer.state)?;
-        Ok(replies)
+        Ok(applied)
     }
 
-    fn apply_one(&self, writer: &mut Writer<'_>, entry: Entry) -> Result<Vec<Reply>, MachineError> {
+    fn apply_one(
+        &self,
+        writer: &mut Writer<'_>,
+        entry: Entry,
+        until: Until,
+        applied: &mut Applied,
+    ) -> Result<(), MachineError> {
         let at = entry.position;
         // After a restart while sealed an engine can stand ahead of what has passed since.
         if writer
@@ -147,24 +216,31 @@ impl Machine {
             .applied
             .is_some_and(|done| at.index <= done.index)
         {
-            return Ok(Vec::new());
+            applied.replies.push(Vec::new());
+            return Ok(());
+        }
+        let batch = match &entry.payload {
+            Payload::Sealed(sealed) => self.codec.open(sealed),
+            Payload::Blank | Payload::Membership(_) => Ok(Batch::default()),
+        };
+        let batch = batch.map_err(|cause| MachineError::Open { at, cause })?;
+        let time_ms = writer.state.time_ms.max(batch.time_ms);
+        applied.ended = until.ends_before(&writer.state, at.index, time_ms);
+        if applied.ended {
+            return Ok(());
         }
         writer.state.applied = Some(at);
-        let sealed = match entry.payload {
-            Payload::Blank => return Ok(Vec::new()),
-            Payload::Membership(membership) => {
-                State::write_membership(writer.engine, &mut writer.batch, &membership);
-                return Ok(Vec::new());
-            }
-            Payload::Sealed(sealed) => sealed,
-        };
-        let batch = self
-            .codec
-            .open(&sealed)
-            .map_err(|cause| MachineError::Open { at, cause })?;
-        writer.state.time_ms = writer.state.time_ms.max(batch.time_ms);
+        writer.state.time_ms = time_ms;
+        if let Payload::Membership(membership) = &entry.payload {
+            State::write_membership(writer.engine, &mut writer.batch, membership);
+        }
         let mut replies = Vec::with_capacity(batch.commands.len());
         for command in batch.commands {
+            applied.ended = until.ends_within(&writer.state, at.index);
+            applied.is_cut = applied.ended;
+            if applied.ended {
+                break;
+            }
             let result = match writer.command(command) {
                 Ok(result) => result,
                 Err(Failed::Engine(e)) => return Err(e.into()),
@@ -175,7 +251,8 @@ impl Machine {
                 index: at.index,
             });
         }
-        Ok(replies)
+        applied.replies.push(replies);
+        Ok(())
     }
 }
 

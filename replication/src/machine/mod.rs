@@ -12,6 +12,6 @@ mod state;
 mod store;
 mod txn;
 
-pub use apply::{Entry, Machine, MachineError, Payload, check_command};
+pub use apply::{Applied, Entry, Machine, MachineError, Payload, Until, check_command};
 pub use state::State;
 pub use store::{Standing, Store};

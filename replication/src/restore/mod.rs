@@ -4,8 +4,9 @@
 //! the old region stops. Every object is authenticated or hashed before it is used, and a missing
 //! or damaged one is refused by name. The digest after replay, counted anew from every row, must
 //! be the one that the chain carries at its end; where it carries none (the end lies inside a batch, or
-//! the tenant was sealed), the running one. The new incarnation's revision lies 10^9 higher, and what
-//! was below is compacted.
+//! the tenant was sealed), the running one. The new incarnation's revision lies 10^9 above every one that clients
+//! have seen, and what was below is compacted. A restore to an earlier moment ends exactly there:
+//! nothing of what came after is applied.
 
 mod fetch;
 pub mod plan;
@@ -18,13 +19,14 @@ use kms::TenantKeys;
 use thiserror::Error;
 
 use crate::archive::chain::{Chain, ChainError, Created, Tail};
-use crate::archive::link::{Base, Closed, Header, LinkState};
+use crate::archive::link::{Base, Closed, Header, Link, LinkState, Origin};
 use crate::engine::{Budget, EngineError};
 use crate::machine::{MachineError, State};
 use crate::mvcc::digest::Digest;
 use crate::{GroupId, Position};
 
-pub use plan::Plan;
+pub use plan::{Plan, Point};
+pub use replay::Rebuilt;
 
 /// Added to the revision at every restore: revisions that clients have seen are not given again.
 pub const REVISION_JUMP: i64 = 1_000_000_000;
@@ -59,6 +61,16 @@ pub enum RestoreError {
         "the digest after replay is {found}, the chain says {wanted}: the restored state is not the archived one"
     )]
     Digest { found: Digest, wanted: Digest },
+    #[error(
+        "revision {wanted} was never reached: the history of incarnation {incarnation} ends at revision {last}"
+    )]
+    NotReached {
+        wanted: i64,
+        incarnation: u32,
+        last: i64,
+    },
+    #[error("the moment lies before what is kept: the archive begins at {0}")]
+    NotKept(String),
     #[error("it was stopped")]
     Stopped,
     #[error("another restore took this tenant over as incarnation {0}")]
@@ -106,77 +118,107 @@ pub struct Restored {
     pub state: State,
 }
 
-/// Closes the chain of `plan`, so that no further link can be made, and takes in what an old
-/// leader added meanwhile. Answers the group that goes on after it.
-pub async fn close(chain: &Chain, plan: &mut Plan, restore: &str) -> Result<GroupId, RestoreError> {
-    let next = plan.group.incarnation + 1;
+/// A chain that was closed for a restore.
+pub struct Closing {
+    /// The group of the incarnation that goes on after it.
+    pub group: GroupId,
+    /// The closing link.
+    pub number: u64,
+    /// What an old leader added meanwhile.
+    pub added: Vec<Link>,
+    /// The newest revision that the chain says of itself.
+    pub revision: i64,
+}
+
+/// Closes a chain behind `tail`, so that no further link can be made.
+pub async fn close(chain: &Chain, mut tail: Tail, restore: &str) -> Result<Closing, RestoreError> {
+    let mut closing = Closing {
+        group: GroupId {
+            incarnation: chain.group().incarnation + 1,
+            ..chain.group()
+        },
+        number: 0,
+        added: Vec::new(),
+        revision: 0,
+    };
+    // Of a chain that ends with links without a state, the last one before them says it.
+    let mut said = tail.header.clone();
+    while let Some(header) = said.take_if(|h| h.state.is_none() && h.number > 1) {
+        said = Some(chain.read(header.number - 1).await?.header);
+    }
+    closing.revision = said.and_then(|h| h.state).map_or(0, |s| s.revision);
     loop {
-        let tail = plan.tail();
+        let state = tail.header.as_ref().and_then(|h| h.state.clone());
+        closing.revision = state
+            .as_ref()
+            .map_or(0, |s| s.revision)
+            .max(closing.revision);
+        closing.number = tail.number;
         // Another restore that came no further may be dead: whoever opens the next chain wins.
         if let Some(closed) = tail.closed() {
-            return Ok(GroupId {
-                incarnation: closed.incarnation,
-                ..plan.group
-            });
+            closing.group.incarnation = closed.incarnation;
+            return Ok(closing);
         }
         let header = Header {
-            group: plan.group,
+            group: chain.group(),
             number: 0,
             previous: String::new(),
             term: tail.header.as_ref().map_or(0, |h| h.term),
             writer: restore.to_string(),
             last: tail.header.as_ref().and_then(|h| h.last),
             entries: 0,
-            state: tail.header.as_ref().and_then(|h| h.state.clone()),
+            state,
             written_ms: 0,
             closed: Some(Closed {
-                incarnation: next,
+                incarnation: closing.group.incarnation,
                 restore: restore.to_string(),
             }),
             base: None,
         };
         match chain.create(&tail, header, &[]).await? {
-            Created::Ours(_) => {
-                return Ok(GroupId {
-                    incarnation: next,
-                    ..plan.group
-                });
-            }
+            Created::Ours(closed) => tail = *closed,
             Created::Theirs(link) => {
                 chain.check_follows(&tail, &link)?;
-                plan.push(*link);
+                tail = Tail::from(&*link);
+                closing.added.push(*link);
             }
         }
     }
 }
 
-/// Fetches, replays and verifies `plan` into `dir`, which is emptied first; ends as a checkpoint of
-/// incarnation `group`.
+/// Fetches, replays and verifies `plan` in `dir`, which is emptied first.
 pub async fn rebuild(
     chain: &Chain,
     plan: &Plan,
-    group: GroupId,
     keys: Arc<TenantKeys>,
     budget: Arc<Budget>,
     dir: &Path,
     report: Report,
-) -> Result<Restored, RestoreError> {
+) -> Result<Rebuilt, RestoreError> {
     let _ = tokio::fs::remove_dir_all(dir).await;
     tokio::fs::create_dir_all(dir).await.map_err(io(dir))?;
     let engine_dir = dir.join("engine");
     if let Some(manifest) = &plan.manifest {
         fetch::checkpoint(chain, manifest, &engine_dir, report.clone()).await?;
     }
-    replay::run(plan, group, keys, budget, dir, report)
+    replay::run(plan, keys, budget, dir, report)
 }
 
-/// The first link of a new incarnation: it says where the old one ended.
-pub fn base(plan: &Plan, restored: &Restored, closing: u64) -> Base {
-    Base {
+/// The first link of a new incarnation: it says where the old one ended, or what was gone back to.
+pub fn base(plan: &Plan, rebuilt: &Rebuilt, closing: &Closing, at_ms: u64) -> Base {
+    let closed = closing.group.incarnation - 1;
+    let origin = Origin {
         incarnation: plan.group.incarnation,
-        link: closing,
-        position: restored.position,
-        revision: restored.state.revision,
+        revision: rebuilt.cut,
+        at_ms,
+    };
+    let beyond = rebuilt.state.revision.max(closing.revision);
+    Base {
+        incarnation: closed,
+        link: closing.number,
+        position: rebuilt.state.applied.unwrap_or_default(),
+        revision: beyond + REVISION_JUMP,
+        origin: (!plan.is_newest()).then_some(origin),
     }
 }
 

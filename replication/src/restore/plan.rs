@@ -1,4 +1,5 @@
-//! What a restore will read: the newest usable checkpoint and every link behind it.
+//! What a restore will read: the newest usable checkpoint before the moment that it comes to, and
+//! every link from there to it.
 
 use futures::{StreamExt, TryStreamExt};
 
@@ -7,9 +8,20 @@ use crate::archive::bucket::link_path;
 use crate::archive::chain::{Chain, ChainError, Tail};
 use crate::archive::checkpoint::{self, Manifest};
 use crate::archive::link::{Base, Header, Link, LinkState};
+use crate::clock::utc;
+use crate::machine::Until;
 use crate::{GroupId, Position};
 
 const IN_FLIGHT: usize = 8;
+
+/// A moment in a tenant's history.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Point {
+    Newest,
+    /// Milliseconds since 1970.
+    Time(u64),
+    Revision(i64),
+}
 
 /// The plan of one incarnation. A newer incarnation without a checkpoint of its own begins where
 /// the one before it ended.
@@ -19,6 +31,8 @@ pub struct Plan {
     pub before: Option<Box<Plan>>,
     pub base: Option<Base>,
     pub links: Vec<Link>,
+    /// Nothing behind it is applied.
+    pub until: Until,
     /// The link that the first of `links` must follow.
     start: Tail,
 }
@@ -38,8 +52,9 @@ impl Plan {
         at.find_map(|header| header.state.as_ref())
     }
 
-    pub fn push(&mut self, link: Link) {
-        self.links.push(link);
+    /// Whether it comes to the newest state that there is.
+    pub fn is_newest(&self) -> bool {
+        self.until == Until::End
     }
 
     /// Links of this plan and those before it.
@@ -72,46 +87,124 @@ pub async fn newest(chain: &Chain, known: u64) -> Result<Plan, RestoreError> {
             known,
         });
     }
-    // The newest manifest that reads is the base; an older one serves when it does not. Of two at
-    // one link the one that stands further on counts: it may bridge a gap.
-    let mut manifest: Option<Manifest> = None;
-    let mut refused = None;
-    for path in checkpoint::list(chain.bucket(), group).await? {
-        if let Some(found) = &manifest
-            && checkpoint::link_of(&path) != Some(found.link)
-        {
-            break;
-        }
-        match checkpoint::read(chain, &path).await {
-            Ok(found) => {
-                // One that came late can be under a key that was destroyed since.
-                let rank = |m: &Manifest| (m.position.index, m.oldest);
-                let further = |m: &Manifest| rank(m) < rank(&found);
-                if manifest.as_ref().is_none_or(further) {
-                    manifest = Some(found);
-                }
-            }
-            Err(e @ ChainError::Refused { .. }) => {
-                tracing::error!(error = %e, "a checkpoint's manifest is refused; an older one is used");
-                refused.get_or_insert(e);
-            }
-            Err(e) => return Err(e.into()),
-        }
-    }
+    let (manifest, refused) = checkpoint_before(chain, Until::End).await?;
     if let (None, Some(refused)) = (&manifest, refused)
         && all.first() != Some(&1)
     {
         // The archive begins at it.
         return Err(refused.into());
     }
-    behind(chain, manifest, last).await
+    behind(chain, manifest, last, Until::End).await
+}
+
+/// Plans a restore to `point`; `chain` is the newest one, on which the tenant is now, or was last.
+pub async fn at(chain: &Chain, known: u64, point: Point) -> Result<Plan, RestoreError> {
+    let until = match point {
+        Point::Newest => return newest(chain, known).await,
+        Point::Time(ms) => Until::Time(ms),
+        Point::Revision(revision) => Until::Revision(revision),
+    };
+    let mut chain = chain.clone();
+    loop {
+        let all = chain.numbers(0).await?;
+        let (Some(first), Some(last)) = (all.first(), all.last().copied()) else {
+            return Err(RestoreError::Nothing(chain.group()));
+        };
+        let (manifest, refused) = checkpoint_before(&chain, until).await?;
+        if manifest.is_some() {
+            return behind(&chain, manifest, last, until).await;
+        }
+        if *first != 1 {
+            return Err(match refused {
+                Some(refused) => refused.into(),
+                None => RestoreError::NotKept(oldest(&chain).await?),
+            });
+        }
+        let opening = chain.read(1).await?.header;
+        match opening.base {
+            // Where this incarnation begins lies behind it: it is of one before.
+            Some(base) if lies_behind(opening.state.as_ref(), until) => {
+                chain = chain.of(base.incarnation);
+            }
+            _ => return behind(&chain, None, last, until).await,
+        }
+    }
+}
+
+/// Whether a state lies behind `until`; unknown ones do not.
+fn lies_behind(state: Option<&LinkState>, until: Until) -> bool {
+    state.is_some_and(|state| match until {
+        Until::Time(ms) => state.time_ms > ms,
+        Until::Revision(revision) => state.revision > revision,
+        Until::End | Until::Entry { .. } => false,
+    })
+}
+
+/// Where the oldest checkpoint of a chain stands, in words.
+async fn oldest(chain: &Chain) -> Result<String, ChainError> {
+    let manifests = checkpoint::list(chain.bucket(), chain.group()).await?;
+    Ok(match manifests.last() {
+        Some(object) => {
+            let manifest = checkpoint::read(chain, object).await?;
+            format!("revision {}, {}", manifest.revision, utc(manifest.time_ms))
+        }
+        None => format!("the end of incarnation {}", chain.group().incarnation),
+    })
+}
+
+/// Whether a checkpoint can be the base of what comes to `until`.
+fn serves(manifest: &Manifest, until: Until) -> bool {
+    match until {
+        Until::End => true,
+        Until::Time(ms) => manifest.time_ms != 0 && manifest.time_ms <= ms,
+        Until::Revision(revision) => manifest.revision <= revision,
+        Until::Entry { index, revision } => {
+            let last = index - u64::from(revision.is_some() && index > 0);
+            manifest.position.index <= last
+        }
+    }
+}
+
+/// The newest manifest that reads and does not lie behind `until`; an older one serves where it does
+/// not. Of two at one link the one that stands further on counts: it may bridge a gap. Also
+/// answers why one was refused.
+async fn checkpoint_before(
+    chain: &Chain,
+    until: Until,
+) -> Result<(Option<Manifest>, Option<ChainError>), ChainError> {
+    let mut newest: Option<Manifest> = None;
+    let mut refused = None;
+    for path in checkpoint::list(chain.bucket(), chain.group()).await? {
+        if let Some(found) = &newest
+            && checkpoint::link_of(&path) != Some(found.link)
+        {
+            break;
+        }
+        match checkpoint::read(chain, &path).await {
+            Ok(found) if serves(&found, until) => {
+                // One that came late can be under a key that was destroyed since.
+                let rank = |m: &Manifest| (m.position.index, m.oldest);
+                let further = |m: &Manifest| rank(m) < rank(&found);
+                if newest.as_ref().is_none_or(further) {
+                    newest = Some(found);
+                }
+            }
+            Ok(_) => {}
+            Err(e @ ChainError::Refused { .. }) => {
+                tracing::error!(error = %e, "a checkpoint's manifest is refused; an older one is used");
+                refused.get_or_insert(e);
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok((newest, refused))
 }
 
 /// Plans a restore from a checkpoint to the newest state behind it.
 pub async fn from(chain: &Chain, manifest: Manifest) -> Result<Plan, RestoreError> {
     let last = chain.numbers(manifest.link).await?.last().copied();
     let last = last.unwrap_or(manifest.link);
-    behind(chain, Some(manifest), last).await
+    behind(chain, Some(manifest), last, Until::End).await
 }
 
 /// What the link that a manifest names says. It is not needed to restore: without it less is compared.
@@ -135,13 +228,26 @@ async fn covered(chain: &Chain, manifest: &Manifest) -> Option<Header> {
     }
 }
 
-/// A plan of `manifest` and every link behind it up to `last`.
+/// Whether a link is the last one that is needed.
+fn reaches(header: &Header, until: Until) -> bool {
+    match until {
+        Until::End => false,
+        Until::Time(ms) => header.state.as_ref().is_some_and(|s| s.time_ms > ms),
+        Until::Revision(revision) => {
+            let state = header.state.as_ref();
+            state.is_some_and(|s| s.revision >= revision)
+        }
+        Until::Entry { index, .. } => header.last.is_some_and(|last| last.index >= index),
+    }
+}
+
+/// A plan of `manifest` and every link behind it up to `last`, as far as `until` needs them.
 async fn behind(
     chain: &Chain,
     manifest: Option<Manifest>,
     last: u64,
+    until: Until,
 ) -> Result<Plan, RestoreError> {
-    let group = chain.group();
     let from = manifest.as_ref().map_or(0, |m| m.link);
     let start = match &manifest {
         Some(m) => Tail {
@@ -152,43 +258,65 @@ async fn behind(
         None => Tail::default(),
     };
     // Every number must be there: a gap is a missing object, and is named.
-    let reads: Vec<_> = (from + 1..=last).map(|number| chain.read(number)).collect();
-    let links: Vec<Link> = futures::stream::iter(reads)
-        .buffered(IN_FLIGHT)
-        .try_collect()
-        .await?;
+    let reads = futures::stream::iter(from + 1..=last).map(|number| chain.read(number));
+    let mut reads = std::pin::pin!(reads.buffered(IN_FLIGHT));
+    let mut links: Vec<Link> = Vec::new();
     let mut before = start.clone();
-    for link in &links {
-        chain.check_follows(&before, link)?;
-        before = Tail::from(link);
-    }
-    let mut plan = Plan {
-        group,
-        base: links.first().and_then(|l| l.header.base.clone()),
-        manifest,
-        before: None,
-        links,
-        start,
-    };
-    if plan.manifest.is_none()
-        && let Some(base) = plan.base.clone()
-    {
-        let older = GroupId {
-            incarnation: base.incarnation,
-            ..group
-        };
-        let chain = Chain::new(chain.bucket().clone(), chain.key().clone(), older);
-        let older_plan = Box::pin(newest(&chain, base.link)).await?;
-        if older_plan.tail().closed().map(|c| c.incarnation) != Some(group.incarnation) {
-            return Err(RestoreError::Object {
-                object: link_path(older, base.link).to_string(),
-                what: format!(
-                    "it does not close the chain for incarnation {}",
-                    group.incarnation
-                ),
-            });
+    while let Some(link) = reads.try_next().await? {
+        chain.check_follows(&before, &link)?;
+        before = Tail::from(&link);
+        let reached = reaches(&link.header, until);
+        links.push(link);
+        if reached {
+            break;
         }
-        plan.before = Some(Box::new(older_plan));
     }
-    Ok(plan)
+    let base = links.first().and_then(|l| l.header.base.clone());
+    let before = match &base {
+        Some(base) if manifest.is_none() => Some(Box::new(beginning(chain, base).await?)),
+        _ => None,
+    };
+    Ok(Plan {
+        group: chain.group(),
+        base,
+        manifest,
+        before,
+        links,
+        until,
+        start,
+    })
+}
+
+/// A plan of the state that an incarnation began with, in one before it.
+async fn beginning(chain: &Chain, base: &Base) -> Result<Plan, RestoreError> {
+    let closed = chain.of(base.incarnation);
+    let (plan, closing) = match &base.origin {
+        None => {
+            let plan = Box::pin(newest(&closed, base.link)).await?;
+            let closing = plan.tail().closed().map(|c| c.incarnation);
+            (plan, closing)
+        }
+        Some(origin) => {
+            let until = Until::Entry {
+                index: base.position.index,
+                revision: origin.revision,
+            };
+            let chain = chain.of(origin.incarnation);
+            let last = chain.numbers(0).await?.last().copied().unwrap_or(0);
+            let (manifest, _) = checkpoint_before(&chain, until).await?;
+            let plan = Box::pin(behind(&chain, manifest, last, until)).await?;
+            let header = closed.read(base.link).await?.header;
+            (plan, header.closed.map(|c| c.incarnation))
+        }
+    };
+    match closing == Some(chain.group().incarnation) {
+        true => Ok(plan),
+        false => Err(RestoreError::Object {
+            object: link_path(closed.group(), base.link).to_string(),
+            what: format!(
+                "it does not close the chain for incarnation {}",
+                chain.group().incarnation
+            ),
+        }),
+    }
 }

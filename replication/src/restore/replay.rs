@@ -1,51 +1,79 @@
 //! Replaying links through the ordinary apply, and proving the result.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kms::TenantKeys;
 
 use super::plan::Plan;
-use super::{Progress, REVISION_JUMP, Report, RestoreError, Restored, io};
+use super::{Progress, Report, RestoreError, Restored, io};
 use crate::archive::bucket::link_path;
-use crate::archive::link::Link;
+use crate::archive::link::{Base, Link};
 use crate::engine::{Budget, Engine};
 use crate::group::replica::sync_dir;
 use crate::group::types::{decode_entry, machine_entry};
-use crate::machine::{Machine, State, Store};
+use crate::machine::{Applied, Machine, State, Store, Until};
 use crate::mvcc::digest::Hasher;
 use crate::{GroupId, Position};
 
-/// Replays `plan` on the engine in `dir/engine`, verifies it, makes it incarnation `group`.
+/// A state that was restored and verified, before it becomes an incarnation of its own.
+pub struct Rebuilt {
+    store: Arc<Store>,
+    dir: PathBuf,
+    pub state: State,
+    /// The revision within the last entry at which it ends, if not at that entry's end.
+    pub cut: Option<i64>,
+}
+
+/// Replays `plan` on the engine in `dir/engine`, and verifies it.
 pub fn run(
     plan: &Plan,
-    group: GroupId,
     keys: Arc<TenantKeys>,
     budget: Arc<Budget>,
     dir: &Path,
     report: Report,
-) -> Result<Restored, RestoreError> {
+) -> Result<Rebuilt, RestoreError> {
     // Blocking work of seconds: replay is CPU and disk.
     tokio::task::block_in_place(|| {
         let engine = Engine::open(&dir.join("engine"), keys.clone(), &budget)?;
         let store = Arc::new(Store::open(engine)?);
         check_manifest(plan, &store.state())?;
         let mut done = 0;
-        replay(plan, &store, &keys, &report, &mut done, plan.total_links())?;
-        verify(plan, &store, &keys, &report)?;
+        let is_cut = replay(plan, &store, &keys, &report, &mut done, plan.total_links())?;
+        verify(plan, &store, &keys, is_cut, &report)?;
         report(Progress::Verified);
-        jump(&store)?;
-        let checkpoint = dir.join("checkpoint");
-        store.engine()?.checkpoint(&checkpoint)?;
-        sync_dir(&checkpoint).map_err(io(&checkpoint))?;
         let state = store.state();
-        Ok(Restored {
-            group,
-            checkpoint,
-            position: state.applied.unwrap_or_default(),
+        Ok(Rebuilt {
+            store,
+            dir: dir.to_path_buf(),
+            cut: is_cut.then_some(state.revision),
             state,
         })
     })
+}
+
+impl Rebuilt {
+    /// What can be read of it.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Makes it incarnation `group`, which begins at `base`.
+    pub fn finish(self, group: GroupId, base: &Base) -> Result<Restored, RestoreError> {
+        tokio::task::block_in_place(|| {
+            jump(&self.store, base)?;
+            let checkpoint = self.dir.join("checkpoint");
+            self.store.engine()?.checkpoint(&checkpoint)?;
+            sync_dir(&checkpoint).map_err(io(&checkpoint))?;
+            let state = self.store.state();
+            Ok(Restored {
+                group,
+                checkpoint,
+                position: state.applied.unwrap_or_default(),
+                state,
+            })
+        })
+    }
 }
 
 /// The files of a checkpoint must stand where its manifest says.
@@ -68,6 +96,7 @@ fn at(position: Option<Position>) -> String {
     position.map_or_else(|| "the beginning".into(), |at| at.to_string())
 }
 
+/// Answers whether it ends within an entry.
 fn replay(
     plan: &Plan,
     store: &Arc<Store>,
@@ -75,30 +104,59 @@ fn replay(
     report: &Report,
     done: &mut u64,
     total: u64,
-) -> Result<(), RestoreError> {
-    if let Some(before) = &plan.before {
+) -> Result<bool, RestoreError> {
+    if let (Some(before), Some(base)) = (&plan.before, &plan.base) {
         replay(before, store, keys, report, done, total)?;
-        jump(store)?;
+        jump(store, base)?;
     }
     let machine = Machine::new(store.clone(), keys.clone(), plan.group);
+    let mut is_cut = false;
     for link in &plan.links {
-        apply(plan.group, link, &machine, store)?;
+        let applied = apply(plan, link, &machine, store)?;
         *done += 1;
         let links = *done;
         if !report(Progress::Replayed { links, total }) {
             return Err(RestoreError::Stopped);
         }
+        is_cut = applied.is_cut;
+        if applied.ended {
+            break;
+        }
     }
-    Ok(())
+    let state = store.state();
+    let last = state.revision;
+    match plan.until {
+        Until::Revision(wanted) if last < wanted => Err(RestoreError::NotReached {
+            wanted,
+            incarnation: plan.group.incarnation,
+            last,
+        }),
+        Until::Entry { index, .. } if state.applied.is_none_or(|at| at.index != index) => {
+            Err(RestoreError::Position {
+                object: format!("the chain of group {}", plan.group),
+                found: at(state.applied),
+                wanted: format!("index {index}"),
+            })
+        }
+        _ => Ok(is_cut),
+    }
 }
 
 fn apply(
-    group: GroupId,
+    plan: &Plan,
     link: &Link,
     machine: &Machine,
     store: &Store,
-) -> Result<(), RestoreError> {
-    let object = || link_path(group, link.header.number).to_string();
+) -> Result<Applied, RestoreError> {
+    let object = || link_path(plan.group, link.header.number).to_string();
+    if let Until::Revision(last) = plan.until
+        && store.state().revision >= last
+    {
+        return Ok(Applied {
+            ended: true,
+            ..Applied::default()
+        });
+    }
     let applied = store.state().applied;
     let mut entries = Vec::with_capacity(link.entries.len());
     for bytes in &link.entries {
@@ -123,16 +181,17 @@ fn apply(
             to: first - 1,
         });
     }
-    if !entries.is_empty() {
-        machine.apply(entries)?;
-    }
+    let applied = match entries.is_empty() {
+        true => Applied::default(),
+        false => machine.apply_until(entries, plan.until)?,
+    };
     let state = store.state();
-    let Some(last) = link.header.last else {
-        return Ok(());
+    let Some(last) = link.header.last.filter(|_| !applied.ended) else {
+        return Ok(applied);
     };
     // The checkpoint that replay began from may stand further on.
     if state.applied.is_some_and(|at| at.index > last.index) {
-        return Ok(());
+        return Ok(applied);
     }
     if state.applied != Some(last) {
         return Err(RestoreError::Position {
@@ -146,7 +205,7 @@ fn apply(
             found: state.digests.keys,
             wanted: wanted.digests.keys,
         }),
-        _ => Ok(()),
+        _ => Ok(applied),
     }
 }
 
@@ -155,14 +214,15 @@ fn verify(
     plan: &Plan,
     store: &Store,
     keys: &TenantKeys,
+    is_cut: bool,
     report: &Report,
 ) -> Result<(), RestoreError> {
     let (found, _) = store.scan_digests(&Hasher::new(keys), |_| report(Progress::Counting))?;
     let state = store.state();
     let wanted = match plan.end(state.applied) {
-        Some(end) => end.digests,
-        // The end lies inside a batch: the running digest is all there is.
-        None => state.digests,
+        Some(end) if !is_cut => end.digests,
+        // The end lies inside a batch or a link: the running digest is all there is.
+        _ => state.digests,
     };
     if found != wanted {
         return Err(RestoreError::Digest {
@@ -173,10 +233,13 @@ fn verify(
     Ok(())
 }
 
-/// Moves to the next incarnation: a higher revision, everything below it compacted.
-fn jump(store: &Store) -> Result<(), RestoreError> {
+/// Moves to the incarnation that begins at `base`: a higher revision, everything below it compacted.
+fn jump(store: &Store, base: &Base) -> Result<(), RestoreError> {
     let mut state: State = store.state();
-    state.revision += REVISION_JUMP;
-    state.compacted = state.revision;
+    state.revision = base.revision;
+    state.compacted = base.revision;
+    if let Some(origin) = &base.origin {
+        state.time_ms = state.time_ms.max(origin.at_ms);
+    }
     Ok(store.set_state(state)?)
 }

@@ -1,0 +1,296 @@
+//! Restores onto this node, from the bucket alone: a region (`region`), or a tenant back to an earlier
+//! moment (`tenant`).
+//!
+//! Each tenant ends as a group of one member, this node; the other nodes then join through the
+//! controllers, as any node does that comes back empty. The work goes on if the operator's
+//! connection is lost; its outcome is in the log then.
+//!
+//! Invariants. The newest state is read only once the chain that it is on is closed, so that
+//! nothing is added behind it. An earlier moment is restored and verified before the chain is closed:
+//! a tenant that cannot go back there goes on as it is.
+
+mod region;
+mod tenant;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kms::{Secret, TenantKeys};
+use replication::GroupId;
+use replication::archive::chain::{Chain, Tail};
+use replication::group::{Group, SnapshotDir};
+use replication::mvcc::digest::Digests;
+use replication::restore::{self, Plan, Point, Progress, Rebuilt, RestoreError, Restored, plan};
+use tokio::sync::mpsc;
+use tonic::Status;
+use tonic::codegen::BoxStream;
+
+use crate::directory::records::TenantRecord;
+use crate::directory::{Directory, DirectoryError};
+use crate::failpoint::failpoint;
+use crate::node::{Node, NodeState};
+use crate::proto::admin::RestoreEvent;
+use crate::tenant::RESTORE;
+use crate::tenant::key::now_ms;
+
+/// What is asked for.
+pub enum Asked {
+    /// Every tenant of the region that is lost, as it was at a moment.
+    Region {
+        /// When the region was lost, milliseconds since 1970; 0: now.
+        lost_at_ms: u64,
+        point: Point,
+    },
+    /// One tenant of a region that serves, back to a moment.
+    Tenant { name: String, point: Point },
+}
+
+type Events = mpsc::Sender<Result<RestoreEvent, Status>>;
+
+pub fn start(node: Arc<Node>, asked: Asked) -> Result<BoxStream<RestoreEvent>, Status> {
+    if *node.state.read() == NodeState::Starting {
+        return Err(Status::failed_precondition(format!(
+            "node {} is starting: try again",
+            node.config.name
+        )));
+    }
+    let (events, stream) = mpsc::channel(256);
+    tokio::spawn(async move {
+        let Ok(_one) = node.restoring.try_acquire() else {
+            let busy = Status::already_exists("a restore is under way on this node");
+            let _ = events.send(Err(busy)).await;
+            return;
+        };
+        let run = Arc::new(Run {
+            started: Instant::now(),
+            asked_ms: now_ms(),
+            id: hex::encode(kms::secret::random_bytes::<8>()),
+            node: node.clone(),
+            events: events.clone(),
+        });
+        let done = match asked {
+            Asked::Region { lost_at_ms, point } => run.region(lost_at_ms, point).await,
+            Asked::Tenant { name, point } => run.go_back(&name, point).await,
+        };
+        if let Err(why) = done {
+            tracing::error!(%why, "not restored");
+            let _ = events.send(Err(Status::failed_precondition(why))).await;
+        }
+    });
+    Ok(Box::pin(tokio_stream::wrappers::ReceiverStream::new(
+        stream,
+    )))
+}
+
+struct Run {
+    started: Instant,
+    /// Milliseconds since 1970.
+    asked_ms: u64,
+    /// Random id of this restore.
+    id: String,
+    node: Arc<Node>,
+    events: Events,
+}
+
+/// What a group is restored from and to.
+struct Wanted<'a> {
+    name: &'a str,
+    /// The newest incarnation that is known.
+    first: GroupId,
+    keys: Arc<TenantKeys>,
+    archive_key: &'a Secret,
+    /// The newest link of it that is known.
+    known: u64,
+    /// Voters without which it does not write.
+    majority: usize,
+    rpo: Duration,
+    point: Point,
+}
+
+struct Done {
+    group: Arc<Group>,
+    restored: Restored,
+    /// Revision and effective time of the moment that was restored.
+    came_to: (i64, u64),
+}
+
+impl Run {
+    async fn event(&self, tenant: &str, phase: &str, message: String) {
+        let event = RestoreEvent {
+            tenant: tenant.into(),
+            phase: phase.into(),
+            message,
+            ..RestoreEvent::default()
+        };
+        let _ = self.events.send(Ok(event)).await;
+    }
+
+    /// Records the new incarnation, unless a later one is recorded already.
+    async fn record(
+        &self,
+        directory: &Directory,
+        record: &TenantRecord,
+        mut modified: i64,
+    ) -> Result<(), String> {
+        let mut newest = record.clone();
+        loop {
+            match directory.put_tenant(&newest, modified).await {
+                Err(DirectoryError::Conflict(_)) => {}
+                done => return done.map_err(|e| e.to_string()),
+            }
+            let barrier = directory.group().read_barrier().await;
+            barrier.map_err(|e| e.to_string())?;
+            let tenants = directory.tenants().map_err(|e| e.to_string())?;
+            let known = tenants.into_iter().find(|t| t.record.id == record.id);
+            let known = known.ok_or("the tenant's record is gone")?;
+            if known.record.incarnation >= record.incarnation {
+                return Err(format!(
+                    "another restore has recorded incarnation {}",
+                    known.record.incarnation
+                ));
+            }
+            modified = known.modified;
+            // Whatever else was changed meanwhile stays.
+            newest = TenantRecord {
+                incarnation: record.incarnation,
+                formed: record.formed,
+                restoring: None,
+                ..known.record
+            };
+        }
+    }
+
+    /// The chain that a group's newest state is on: past every closed one whose successor began.
+    async fn current(
+        &self,
+        first: GroupId,
+        archive_key: &Secret,
+        known: u64,
+    ) -> Result<(Chain, Tail), RestoreError> {
+        let mut chain = Chain::new(self.node.parts.bucket.clone(), archive_key.clone(), first);
+        let mut tail = chain.tail().await?;
+        if tail.number > 0 && tail.number < known {
+            return Err(RestoreError::Older {
+                incarnation: first.incarnation,
+                found: tail.number,
+                known,
+            });
+        }
+        while let Some(closed) = tail.closed() {
+            let next = chain.of(closed.incarnation);
+            let after = next.tail().await?;
+            if after.number == 0 {
+                break;
+            }
+            (chain, tail) = (next, after);
+        }
+        Ok((chain, tail))
+    }
+
+    /// Plan, close, fetch, replay, verify, found; to an earlier moment: plan, fetch, replay, verify,
+    /// withhold, close, found. `withhold` stops the service of a tenant that may be served.
+    async fn restore_group(
+        &self,
+        wanted: &Wanted<'_>,
+        withhold: impl Future<Output = Result<(), String>>,
+    ) -> Result<Done, String> {
+        let text = |e: RestoreError| e.to_string();
+        let current = self.current(wanted.first, wanted.archive_key, wanted.known);
+        let (chain, tail) = current.await.map_err(text)?;
+        let mut plan = plan::at(&chain, 0, wanted.point).await.map_err(text)?;
+        let links = format!("{} links", plan.total_links());
+        self.event(wanted.name, "planned", links).await;
+        let dir = self.node.parts.data_dir.join(RESTORE);
+        let dir = dir.join(format!("{}-{}", chain.group(), self.id));
+        let (rebuilt, closing) = if plan.is_newest() {
+            let closing = restore::close(&chain, plan.tail(), &self.id).await;
+            let mut closing = closing.map_err(text)?;
+            plan.links.append(&mut closing.added);
+            (self.rebuild(&chain, &plan, &dir, wanted).await?, closing)
+        } else {
+            let rebuilt = self.rebuild(&chain, &plan, &dir, wanted).await?;
+            if rebuilt.state.digests == Digests::default() {
+                return Err("nothing was written yet at that moment".into());
+            }
+            withhold.await?;
+            failpoint("restore-withheld");
+            let closing = restore::close(&chain, tail, &self.id).await;
+            (rebuilt, closing.map_err(text)?)
+        };
+        failpoint("restore-closed");
+        let came_to = (rebuilt.state.revision, rebuilt.state.time_ms);
+        let base = restore::base(&plan, &rebuilt, &closing, now_ms());
+        let restored = rebuilt.finish(closing.group, &base).map_err(text)?;
+        let next = chain.of(closing.group.incarnation);
+        let opened = restore::open_chain(&next, &restored, base, &self.id).await;
+        opened.map_err(text)?;
+        failpoint("restore-opened");
+        let group = self.found(&restored, wanted).await?;
+        let _ = tokio::fs::remove_dir_all(&dir).await;
+        Ok(Done {
+            group,
+            restored,
+            came_to,
+        })
+    }
+
+    /// Fetches, replays and verifies, saying how it goes.
+    async fn rebuild(
+        &self,
+        chain: &Chain,
+        plan: &Plan,
+        dir: &Path,
+        wanted: &Wanted<'_>,
+    ) -> Result<Rebuilt, String> {
+        let (events, tenant) = (self.events.clone(), wanted.name.to_string());
+        let report = Arc::new(move |progress: Progress| {
+            let (phase, done, total) = match progress {
+                Progress::Fetched { bytes, total } => ("fetched", bytes, total),
+                Progress::Replayed { links, total } => ("replayed", links, total),
+                Progress::Counting => return true,
+                Progress::Verified => ("verified", 1, 1),
+            };
+            let event = RestoreEvent {
+                tenant: tenant.clone(),
+                phase: phase.into(),
+                done,
+                total,
+                ..RestoreEvent::default()
+            };
+            // A slow terminal does not slow the restore.
+            let _ = events.try_send(Ok(event));
+            true
+        });
+        let budget = self.node.parts.budget.clone();
+        let rebuilt = restore::rebuild(chain, plan, wanted.keys.clone(), budget, dir, report).await;
+        if rebuilt.is_err() {
+            let _ = tokio::fs::remove_dir_all(dir).await;
+        }
+        rebuilt.map_err(|e| e.to_string())
+    }
+
+    /// Forms the restored group, of this node alone.
+    async fn found(&self, restored: &Restored, wanted: &Wanted<'_>) -> Result<Arc<Group>, String> {
+        let parts = &self.node.parts;
+        let opened = parts
+            .open(
+                restored.group,
+                Ok(wanted.keys.clone()),
+                wanted.rpo,
+                wanted.archive_key.clone(),
+                self.node.report(),
+                wanted.majority,
+            )
+            .await?;
+        self.node.set_archive_key(wanted.archive_key.clone());
+        let snapshot = SnapshotDir {
+            path: restored.checkpoint.clone(),
+            state: restored.state.clone(),
+        };
+        let own = self.node.config.peer_address.to_string();
+        let founded = opened.found_from(snapshot, &own).await;
+        founded.map_err(|e| e.to_string())?;
+        Ok(opened)
+    }
+}

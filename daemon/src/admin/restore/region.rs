@@ -1,0 +1,250 @@
+//! Restoring a region: the directory first, then tenants in the order of their deadlines, a few at a
+//! time. A tenant that is refused does not hold up the others.
+//!
+//! Asked again of a node that serves the directory, it restores the tenants that are still lost:
+//! those that were refused, and those that a restore which died had not come to. A tenant is lost
+//! if its group was formed and no node of its placement holds anything of it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kms::{Secret, WrappedKey};
+use object_store::ObjectStoreExt;
+use replication::GroupId;
+use replication::archive::bucket::Bootstrap;
+use replication::restore::Point;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use super::{Run, Wanted};
+use crate::directory::records::{LinkRecord, TenantRecord};
+use crate::directory::{Directory, Found};
+use crate::limits;
+use crate::proto::admin::{Outcome, RestoreEvent};
+use crate::tenant;
+
+/// How long a node may take to say whether it holds anything of a tenant.
+const SAY_WITHIN: Duration = Duration::from_secs(10);
+const ASK_AGAIN: Duration = Duration::from_millis(200);
+
+/// What the tenants of a region are restored to.
+#[derive(Clone, Copy)]
+struct Aim {
+    lost_at_ms: u64,
+    point: Point,
+}
+
+impl Run {
+    /// The directory is restored to its newest state, whatever the moment.
+    pub(super) async fn region(
+        self: &Arc<Self>,
+        lost_at_ms: u64,
+        point: Point,
+    ) -> Result<(), String> {
+        let aim = Aim {
+            lost_at_ms: match lost_at_ms {
+                0 => self.asked_ms,
+                given => given,
+            },
+            point,
+        };
+        if let Some(directory) = self.node.directory() {
+            let barrier = directory.group().read_barrier().await;
+            barrier.map_err(|e| e.to_string())?;
+            let key = self.node.archive_key();
+            let key = key.ok_or("the archive key is not known yet")?;
+            let mut lost = Vec::new();
+            for tenant in directory.tenants().map_err(|e| e.to_string())? {
+                match self.is_lost(&directory, &tenant.record).await {
+                    Ok(true) => lost.push(tenant),
+                    Ok(false) => {}
+                    Err(why) => self.event(&tenant.record.name, "refused", why).await,
+                }
+            }
+            return self.tenants(directory, key, lost, aim).await;
+        }
+        // Whatever still runs of the old region is fenced by the chains that are closed.
+        let (directory, key) = self.directory().await?;
+        let all = directory.tenants().map_err(|e| e.to_string())?;
+        self.tenants(directory, key, all, aim).await
+    }
+
+    /// Restores the directory; answers it and the region's archive key.
+    async fn directory(&self) -> Result<(Directory, Secret), String> {
+        let node = &self.node;
+        let got = node
+            .parts
+            .bucket
+            .get(&Bootstrap::path())
+            .await
+            .map_err(|e| e.to_string())?;
+        let bytes = got.bytes().await.map_err(|e| e.to_string())?;
+        let bootstrap = Bootstrap::decode(&bytes)?;
+        if bootstrap.region != node.config.region {
+            return Err(format!(
+                "the bucket holds region {}, this node is of region {}: refused",
+                bootstrap.region, node.config.region
+            ));
+        }
+        let first = GroupId {
+            tenant: bootstrap.directory,
+            incarnation: 1,
+        };
+        let wrapped = node.parts.keys.fetch_all(first.tenant).await;
+        let wrapped = wrapped.map_err(|e| e.to_string())?;
+        let keys = WrappedKey::unwrap(&wrapped, &node.parts.providers).await;
+        let keys = Arc::new(keys.map_err(|e| e.to_string())?);
+        let archive_key = keys.archive_key();
+        let wanted = Wanted {
+            name: "directory",
+            first,
+            keys,
+            archive_key: &archive_key,
+            known: 0,
+            majority: 1,
+            rpo: Duration::ZERO,
+            point: Point::Newest,
+        };
+        let done = self.restore_group(&wanted, async { Ok(()) }).await?;
+        node.save_region(done.group.id(), false)?;
+        node.open_directory(done.group.id()).await?;
+        let directory = node.directory().ok_or("the directory is not open")?;
+        self.event("directory", "serving", String::new()).await;
+        Ok((directory, archive_key))
+    }
+
+    /// Restores tenants, in the order of their deadlines.
+    async fn tenants(
+        self: &Arc<Self>,
+        directory: Directory,
+        archive_key: Secret,
+        mut tenants: Vec<Found<TenantRecord>>,
+        aim: Aim,
+    ) -> Result<(), String> {
+        // Nothing is left of one that is being destroyed, nor should it be brought back.
+        tenants.retain(|t| !t.record.is_destroying() && !t.record.is_due());
+        tenants.sort_by_key(|t| (t.record.tier, t.record.rto_ms));
+        let links = directory.links().map_err(|e| e.to_string())?;
+        let links: Vec<LinkRecord> = links.into_iter().map(|found| found.record).collect();
+        let at_once = Arc::new(Semaphore::new(limits::RESTORES));
+        let mut running = JoinSet::new();
+        for tenant in tenants {
+            // Taken here: tenants begin in the order of their deadlines.
+            let Ok(permit) = at_once.clone().acquire_owned().await else {
+                break;
+            };
+            let (run, directory, key) = (self.clone(), directory.clone(), archive_key.clone());
+            let link = links.iter().find(|l| l.tenant == tenant.record.id).cloned();
+            running.spawn(async move {
+                run.tenant(&directory, &key, link, tenant, aim).await;
+                drop(permit);
+            });
+        }
+        while running.join_next().await.is_some() {}
+        Ok(())
+    }
+
+    /// Whether nothing of a tenant is left on the nodes that it is placed on.
+    async fn is_lost(&self, directory: &Directory, record: &TenantRecord) -> Result<bool, String> {
+        if !record.formed {
+            return Ok(false);
+        }
+        let nodes = directory.nodes().map_err(|e| e.to_string())?;
+        let placed = nodes
+            .iter()
+            .filter(|n| record.placement.contains(&n.record.name));
+        for node in placed {
+            let deadline = Instant::now() + SAY_WITHIN;
+            loop {
+                match self.node.holds(&node.record, record.group()).await {
+                    Some(true) => return Ok(false),
+                    Some(false) => break,
+                    // It may be opening its replica.
+                    None if Instant::now() < deadline => tokio::time::sleep(ASK_AGAIN).await,
+                    None => {
+                        return Err(format!(
+                            "node {} does not answer or has not opened its replica, and may hold the tenant: start it, or replace it by an empty one, and restore again",
+                            node.record.name
+                        ));
+                    }
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    async fn tenant(
+        &self,
+        directory: &Directory,
+        archive_key: &Secret,
+        link: Option<LinkRecord>,
+        found: Found<TenantRecord>,
+        aim: Aim,
+    ) {
+        let mut record = found.record;
+        let name = record.name.clone();
+        let known = link
+            .filter(|l| l.incarnation == record.incarnation)
+            .map_or(0, |l| l.link);
+        tracing::info!(tenant = %record.id, "restoring");
+        let restored = async {
+            // Those that the record names: a node that joins holds no others.
+            let keys = tenant::wrapped(&self.node.parts, &record).await;
+            let keys = Arc::new(keys.map_err(|e| e.to_string())?);
+            let wanted = Wanted {
+                name: &name,
+                first: record.group(),
+                keys,
+                archive_key,
+                known,
+                majority: record.placement.len() / 2 + 1,
+                rpo: Duration::from_millis(record.rpo_ms),
+                point: aim.point,
+            };
+            let done = self.restore_group(&wanted, async { Ok(()) }).await?;
+            let group = &done.group;
+            record.incarnation = group.id().incarnation;
+            record.restoring = None;
+            record.formed = true;
+            if let Err(why) = self.record(directory, &record, found.modified).await {
+                let tenants = directory.tenants().unwrap_or_default();
+                let known = tenants.iter().find(|t| t.record.id == record.id);
+                if known.is_some_and(|t| t.record.incarnation >= record.incarnation) {
+                    // It was not heard that it was, or another restore was faster.
+                    return Err(why);
+                }
+                // Nobody would look after its keys.
+                group.seal("it was not restored here").await;
+                self.node.parts.groups.remove(group.id());
+                group.shutdown().await;
+                return Err(why);
+            }
+            Ok::<_, String>(done)
+        };
+        match restored.await {
+            Ok(done) => {
+                let outcome = Outcome {
+                    tier: record.tier.name().into(),
+                    rpo_ms: record.rpo_ms,
+                    actual_rpo_ms: aim.lost_at_ms.saturating_sub(done.came_to.1),
+                    rto_ms: record.rto_ms,
+                    actual_rto_ms: self.started.elapsed().as_millis() as u64,
+                    revision: done.restored.state.revision,
+                    digest_matches: true,
+                };
+                tracing::info!(tenant = %record.id, rto_ms = outcome.actual_rto_ms, "tenant is restored");
+                let event = RestoreEvent {
+                    tenant: name,
+                    phase: "serving".into(),
+                    outcome: Some(outcome),
+                    ..RestoreEvent::default()
+                };
+                let _ = self.events.send(Ok(event)).await;
+            }
+            Err(why) => {
+                tracing::error!(tenant = %record.id, %why, "tenant is not restored");
+                self.event(&name, "refused", why).await;
+            }
+        }
+    }
+}

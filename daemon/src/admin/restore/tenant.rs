@@ -1,0 +1,175 @@
+//! Taking one tenant of a region that serves back to an earlier moment, in place.
+//!
+//! Invariants. Until the earlier state is restored and verified the tenant is served as it is. Then
+//! its record says that it is being restored, which seals it on every node, and its chain is closed;
+//! whoever dies from there on leaves it so, and the same command, given again, goes on. The
+//! replicas of before are of another incarnation, and never join.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use replication::clock::utc;
+use replication::restore::Point;
+
+use super::{Run, Wanted};
+use crate::directory::records::{EventKind, TenantRecord};
+use crate::directory::{Directory, Found};
+use crate::proto::admin::RestoreEvent;
+use crate::tenant::{self, rotation};
+
+/// How long the archive may take to hold everything that was acknowledged.
+const ARCHIVED_WITHIN: Duration = Duration::from_secs(30);
+const LOOK: Duration = Duration::from_millis(50);
+
+fn text(e: impl std::fmt::Display) -> String {
+    e.to_string()
+}
+
+impl Run {
+    pub(super) async fn go_back(&self, name: &str, point: Point) -> Result<(), String> {
+        let directory = self.node.directory().ok_or("there is no directory yet")?;
+        directory.group().read_barrier().await.map_err(text)?;
+        let found = find(&directory, name)?;
+        let mut record = found.record;
+        if let Some(why) = refusal(&record, &self.node.config.name) {
+            return Err(why);
+        }
+        if matches!(point, Point::Time(ms) if ms > self.asked_ms) {
+            return Err("that moment has not come yet".into());
+        }
+        self.settle(&record).await?;
+        let links = directory.links().map_err(text)?;
+        let mut links = links.into_iter().map(|found| found.record);
+        let link = links.find(|l| l.tenant == record.id && l.incarnation == record.incarnation);
+        let keys = tenant::wrapped(&self.node.parts, &record).await;
+        let archive_key = self.node.archive_key();
+        let archive_key = archive_key.ok_or("the archive key is not known yet")?;
+        let wanted = Wanted {
+            name,
+            first: record.group(),
+            keys: Arc::new(keys.map_err(text)?),
+            archive_key: &archive_key,
+            known: link.map_or(0, |l| l.link),
+            majority: record.placement.len() / 2 + 1,
+            rpo: Duration::from_millis(record.rpo_ms),
+            point,
+        };
+        let why = match point {
+            Point::Newest => "its newest archived state".to_string(),
+            Point::Time(ms) => utc(ms),
+            Point::Revision(revision) => format!("revision {revision}"),
+        };
+        let withhold = async {
+            self.withhold(name, Some(format!("it is being restored to {why}")))
+                .await
+        };
+        let done = match self.restore_group(&wanted, withhold).await {
+            Ok(done) => done,
+            Err(failed) => {
+                // The chain may be closed by now: it is served again only if it is not.
+                if let Err(e) = self.release(name, &wanted).await {
+                    return Err(format!(
+                        "{failed}; and it is not served until it is restored: {e}"
+                    ));
+                }
+                return Err(failed);
+            }
+        };
+        record.incarnation = done.group.id().incarnation;
+        let found = find(&directory, name)?;
+        let current = TenantRecord {
+            incarnation: record.incarnation,
+            restoring: None,
+            ..found.record
+        };
+        self.record(&directory, &current, found.modified).await?;
+        let (revision, time_ms) = done.came_to;
+        let said = format!(
+            "it is as it was at revision {revision}, effective time {}; it goes on at revision {}, as incarnation {}",
+            utc(time_ms),
+            done.restored.state.revision,
+            record.incarnation
+        );
+        tracing::info!(tenant = %record.id, "{said}");
+        self.node.event(&record, EventKind::Restored, said.clone());
+        let event = RestoreEvent {
+            tenant: name.into(),
+            phase: "serving".into(),
+            message: said,
+            ..RestoreEvent::default()
+        };
+        let _ = self.events.send(Ok(event)).await;
+        Ok(())
+    }
+
+    /// Waits until everything that was acknowledged so far is archived, as far as the tenant lives.
+    async fn settle(&self, record: &TenantRecord) -> Result<(), String> {
+        let group = self.node.parts.groups.get(record.group());
+        let Some(group) = group.filter(|group| group.sealed().is_none()) else {
+            return Ok(());
+        };
+        if group.read_barrier().await.is_err() {
+            tracing::warn!(group = %group.id(), "no majority answers: what is archived is all that is known");
+            return Ok(());
+        }
+        let applied = group.status().applied;
+        let deadline = tokio::time::Instant::now() + ARCHIVED_WITHIN;
+        while group.status().archived < applied {
+            if tokio::time::Instant::now() >= deadline {
+                return Err(format!(
+                    "the archive has not come to entry {applied} within {} s: is the bucket away? nothing was changed",
+                    ARCHIVED_WITHIN.as_secs()
+                ));
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(())
+    }
+
+    /// Has every node withhold the tenant, or take it up again.
+    async fn withhold(&self, name: &str, why: Option<String>) -> Result<(), String> {
+        let directory = self.node.directory().ok_or("there is no directory yet")?;
+        let known = find(&directory, name)?.record;
+        if known.restoring == why {
+            return Ok(());
+        }
+        let changed = rotation::change(&self.node, &known, |r| r.restoring = why);
+        changed.await.map(|_| ()).map_err(text)
+    }
+
+    async fn release(&self, name: &str, wanted: &Wanted<'_>) -> Result<(), String> {
+        let current = self.current(wanted.first, wanted.archive_key, 0).await;
+        let (chain, tail) = current.map_err(text)?;
+        if chain.group() != wanted.first || tail.closed().is_some() {
+            return Err("its chain is closed: give the command again".into());
+        }
+        self.withhold(name, None).await
+    }
+}
+
+fn find(directory: &Directory, name: &str) -> Result<Found<TenantRecord>, String> {
+    let mut tenants = directory.tenants().map_err(text)?.into_iter();
+    let found = tenants.find(|t| t.record.name == name);
+    found.ok_or_else(|| format!("there is no tenant {name}"))
+}
+
+/// Why a tenant cannot go back here and now.
+fn refusal(record: &TenantRecord, node: &str) -> Option<String> {
+    let name = &record.name;
+    if let Some(why) = record.deleted() {
+        return Some(format!("tenant {name}: {why}"));
+    }
+    if !record.formed {
+        return Some(format!("tenant {name} holds nothing yet"));
+    }
+    if let Some(task) = &record.key_task {
+        return Some(format!(
+            "tenant {name}: {task} is under way; try again once it is done"
+        ));
+    }
+    let placed = record.placement.iter().any(|placed| placed == node);
+    (!placed).then(|| {
+        let placement = record.placement.join(", ");
+        format!("tenant {name} is placed on nodes {placement}: ask one of them")
+    })
+}
