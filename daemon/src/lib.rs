@@ -2,18 +2,21 @@
 //!
 //! `node` is one node of a region: its log, peers, groups, directory and servers. `gateway` speaks
 //! etcd v3 to clients, `admin` speaks to operators, `directory` keeps what the region knows of
-//! itself, `tenant` opens what is placed here.
+//! itself, `tenant` opens what is placed here, `drill`
+//! proves that it can be restored.
 
 pub mod admin;
 pub mod admin_client;
 pub mod config;
 pub mod dev;
 pub mod directory;
+pub mod drill;
 mod failpoint;
 pub mod gateway;
 pub mod limits;
 pub mod logging;
 pub mod node;
+pub mod objectives;
 pub mod pki;
 mod region;
 pub mod residency;

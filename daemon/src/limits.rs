@@ -47,5 +47,13 @@ pub const DELETION_GRACE: Duration = Duration::from_secs(30 * 24 * 3600);
 pub const OPENING: Duration = Duration::from_secs(5);
 /// Events kept in the directory.
 pub const MAX_EVENTS: usize = 1000;
+/// What a drill fetches a second, and its memory: a live tenant keeps its own.
+pub const DRILL_RATE: u64 = 64 << 20;
+pub const DRILL_BUFFERS: usize = 64 << 20;
+pub const DRILL_CACHE: usize = 8 << 20;
+/// Keys that a drill compares with the live tenant's.
+pub const DRILL_SAMPLE: usize = 64;
+/// Drills of a tenant that are listed.
+pub const MAX_DRILLS: usize = 100;
 /// Tenants restored at once: replay takes a core each.
 pub const RESTORES: usize = 2;

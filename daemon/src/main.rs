@@ -161,7 +161,7 @@ async fn create_tenant(dir: &std::path::Path) -> Result<(), String> {
         let asked = client.create_tenant(CreateTenantRequest {
             name: "acme".into(),
             tier: "enhanced".into(),
-            rpo_ms: 1000,
+            rpo_ms: Some(1000),
             rto_ms: 60_000,
             key: "local:acme".into(),
             user: "app".into(),

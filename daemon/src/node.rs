@@ -29,7 +29,9 @@ use crate::config::NodeConfig;
 use crate::directory::events::{self, Pending};
 use crate::directory::records::{KeyTask, LinkRecord, NodeRecord, TenantRecord};
 use crate::directory::{Directory, controller};
+use crate::drill;
 use crate::limits;
+use crate::objectives;
 use crate::residency::BucketPlace;
 use crate::server;
 use crate::tenant::key::{KeyReport, KeyStanding};
@@ -92,6 +94,8 @@ pub struct Node {
     pub(crate) bucket_place: RwLock<BucketPlace>,
     /// One restore at a time.
     pub restoring: Semaphore,
+    /// Taken by a drill: one at a time.
+    pub drilling: Semaphore,
     tasks: parking_lot::Mutex<JoinSet<()>>,
 }
 
@@ -185,6 +189,7 @@ impl Node {
             events: Pending::default(),
             bucket_place: RwLock::default(),
             restoring: Semaphore::new(1),
+            drilling: Semaphore::new(1),
             tasks: parking_lot::Mutex::new(JoinSet::new()),
             config,
         });
@@ -333,6 +338,10 @@ impl Node {
         self.spawn(async move { rotation::keep(own).await });
         let own = self.clone();
         self.spawn(async move { rewriting::keep(own).await });
+        let own = self.clone();
+        self.spawn(async move { drill::keep(own).await });
+        let own = self.clone();
+        self.spawn(async move { objectives::keep(own).await });
         let own = self.clone();
         self.spawn(async move { own.watch_bucket().await });
         let own = self.clone();

@@ -25,6 +25,7 @@ const LABEL: &[u8] = b"holdfast/v1/signed\0";
 pub enum Kind {
     Residency,
     Destruction,
+    Drill,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -51,6 +52,7 @@ fn message(kind: Kind, body: &str) -> Vec<u8> {
     let kind = match kind {
         Kind::Residency => b"residency\0".as_slice(),
         Kind::Destruction => b"destruction\0",
+        Kind::Drill => b"drill\0",
     };
     [LABEL, kind, body.as_bytes()].concat()
 }

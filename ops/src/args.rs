@@ -54,6 +54,21 @@ pub enum Command {
         #[command(subcommand)]
         command: CertificateCommand,
     },
+    /// What of a tenant's history is in the bucket.
+    Archive {
+        #[command(subcommand)]
+        command: ArchiveCommand,
+    },
+    /// Every tenant's recovery objectives, contracted and now, the worst first.
+    Objectives {
+        #[arg(long)]
+        json: bool,
+    },
+    /// Recovery drills: a restore that is tried, proven and measured, and its evidence.
+    Drill {
+        #[command(subcommand)]
+        command: DrillCommand,
+    },
     /// How each node stands.
     Node,
     /// Restores from the bucket.
@@ -139,6 +154,41 @@ pub struct Set {
     /// Days between scheduled rotations of the data key; 0 for none.
     #[arg(long)]
     pub rotate_days: Option<u32>,
+    /// How often a drill is run, such as 1d; 0s for none.
+    #[arg(long)]
+    pub drill_every: Option<String>,
+    /// Writes are refused once the oldest one that is not in the bucket is older than this, such as
+    /// 1m; 0s for never.
+    #[arg(long)]
+    pub max_unarchived: Option<String>,
+}
+
+#[derive(Subcommand)]
+pub enum ArchiveCommand {
+    /// Draws the chains and checkpoints of a tenant, and says what can be restored.
+    Ls { tenant: String },
+}
+
+#[derive(Subcommand)]
+pub enum DrillCommand {
+    /// Restores a tenant from the bucket where no client reaches it, proves it, and removes it.
+    Run { tenant: String },
+    /// The drills of a tenant, from their evidence in the bucket.
+    Ls { tenant: String },
+    /// Prints the newest drill's signed evidence.
+    Show {
+        tenant: String,
+        /// As a page, HTML.
+        #[arg(long)]
+        html: bool,
+    },
+    /// Checks a drill's evidence offline and prints what it says.
+    Verify {
+        file: PathBuf,
+        /// The region's certificate authority.
+        #[arg(long, default_value = "ca.pem")]
+        ca: PathBuf,
+    },
 }
 
 #[derive(Subcommand)]
@@ -179,7 +229,8 @@ pub struct Create {
     /// enhanced or standard.
     #[arg(long, default_value = "standard")]
     pub tier: String,
-    /// Recovery point objective, such as 1s or 15m; the tier's if not given.
+    /// Recovery point objective, such as 1s or 15m; the tier's if not given. 0s: a write is answered
+    /// once it is in the bucket.
     #[arg(long)]
     pub rpo: Option<String>,
     /// Recovery time objective; the tier's if not given.

@@ -1,9 +1,12 @@
 //! `holdfast`: the operators' command line, a client of the admin API.
 
+mod archive;
 mod args;
+mod drill;
 mod init;
 mod key;
 mod keyfile;
+mod objectives;
 mod residency;
 mod restore;
 mod table;
@@ -30,6 +33,9 @@ async fn main() -> ExitCode {
         Command::Certificate { command } => {
             residency::certificate(&arguments.config, command).await
         }
+        Command::Archive { command } => archive::run(&arguments.config, command).await,
+        Command::Objectives { json } => objectives::run(&arguments.config, json).await,
+        Command::Drill { command } => drill::run(&arguments.config, command).await,
         Command::Node => tenant::node(&arguments.config).await,
         Command::Restore { command } => restore::run(&arguments.config, command).await,
     };

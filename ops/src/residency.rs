@@ -84,7 +84,7 @@ pub async fn certificate(config: &Path, command: CertificateCommand) -> Result<E
     }
 }
 
-fn check(file: &Path, ca: &Path) -> Result<ExitCode, String> {
+pub fn check(file: &Path, ca: &Path) -> Result<ExitCode, String> {
     let at = |path: &Path, e: &dyn std::fmt::Display| format!("{}: {e}", path.display());
     let text = std::fs::read_to_string(file).map_err(|e| at(file, &e))?;
     let signed: Signed = serde_json::from_str(&text).map_err(|e| at(file, &e))?;

@@ -49,7 +49,7 @@ pub async fn run(config: &Path, command: RestoreCommand) -> Result<ExitCode, Str
 }
 
 /// Follows a restore to its end.
-async fn show(
+pub async fn show(
     started: Result<Response<Streaming<RestoreEvent>>, Status>,
 ) -> Result<Screen, String> {
     let mut events = started.map_err(|e| e.message().to_string())?.into_inner();
@@ -65,7 +65,10 @@ async fn show(
 }
 
 /// A node that holds a replica of the tenant.
-async fn holding(operator: &OperatorConfig, name: &str) -> Result<AdminClient<Channel>, String> {
+pub async fn holding(
+    operator: &OperatorConfig,
+    name: &str,
+) -> Result<AdminClient<Channel>, String> {
     let mut why = String::from("no node answers");
     for endpoint in &operator.endpoints {
         let Ok(mut client) = operator.connect_to(*endpoint).await else {
@@ -118,13 +121,13 @@ async fn awaiting(operator: &OperatorConfig) -> Result<AdminClient<Channel>, Str
 }
 
 #[derive(Default)]
-struct Screen {
+pub struct Screen {
     bars: MultiProgress,
     tenants: HashMap<String, ProgressBar>,
     done: Vec<(String, Outcome)>,
     refused: Vec<(String, String)>,
     /// What came of a tenant that was taken back.
-    said: Option<String>,
+    pub said: Option<String>,
 }
 
 impl Screen {
@@ -148,6 +151,10 @@ impl Screen {
                     Some(outcome) => self.done.push((event.tenant, outcome)),
                     None => self.said = Some(event.message),
                 }
+            }
+            "drilled" => {
+                bar.finish();
+                self.said = Some(event.message);
             }
             "refused" => {
                 bar.abandon();

@@ -91,6 +91,12 @@ pub async fn run(config: &Path, command: TenantCommand) -> Result<ExitCode, Stri
                 name: set.name,
                 key_grace_s: set.key_grace.as_deref().map(seconds).transpose()?,
                 rotate_days: set.rotate_days,
+                drill_every_s: set.drill_every.as_deref().map(seconds).transpose()?,
+                max_unarchived_ms: set
+                    .max_unarchived
+                    .as_deref()
+                    .map(milliseconds)
+                    .transpose()?,
             };
             show(&client.set_tenant(request).await.map_err(said)?.into_inner());
         }
@@ -119,7 +125,7 @@ fn request(create: Create) -> Result<CreateTenantRequest, String> {
     Ok(CreateTenantRequest {
         name: create.name,
         tier: create.tier,
-        rpo_ms: parse(create.rpo)?,
+        rpo_ms: create.rpo.as_deref().map(milliseconds).transpose()?,
         rto_ms: parse(create.rto)?,
         key: create.key,
         user: create.user,

@@ -343,7 +343,7 @@ impl Region {
         let request = CreateTenantRequest {
             name: name.into(),
             tier: tier.into(),
-            rpo_ms,
+            rpo_ms: (rpo_ms > 0).then_some(rpo_ms),
             rto_ms,
             key: key.into(),
             user: user.into(),

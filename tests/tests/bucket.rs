@@ -191,3 +191,83 @@ async fn a_log_over_its_cap_is_bridged_by_a_checkpoint() -> Result<()> {
     drop(minio);
     restored
 }
+
+/// An RPO of 0: what is answered is in the bucket, so that the loss of everything at any moment loses
+/// nothing; while the bucket is away a write's outcome is unknown, and serializable reads go on.
+/// Beside it a tenant that refuses writes once its archive is too far behind, and whose missed
+/// objective is said.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_rpo_of_zero_loses_nothing() -> Result<()> {
+    let (_minio, proxy, mut region) = behind_a_proxy(500).await?;
+    let args = [
+        "tenant", "create", "zero", "--tier", "enhanced", "--rpo", "0s",
+    ];
+    let more = ["--rto", "60s", "--key", "local:globex", "--user", "app"];
+    let password = ["--password", holdfast_tests::region::PASSWORD];
+    region
+        .operate(&[&args[..], &more[..], &password[..]].concat())
+        .await?;
+    region
+        .operate(&["tenant", "set", "acme", "--max-unarchived", "3s"])
+        .await?;
+    let mut zero = region.client("zero").await?;
+    let mut acme = region.client("acme").await?;
+    fill(&mut zero, 0, 20).await?;
+    proxy.set(Mode::Refuse(503));
+    let refused = zero.put("unknown", "it", None).await.err();
+    let refused = refused.ok_or_else(|| anyhow::anyhow!("acknowledged, and not in the bucket"))?;
+    ensure!(refused.to_string().contains("outcome unknown"), "{refused}");
+    let serializable = etcd_client::GetOptions::new().with_serializable();
+    let found = zero.get("key/7", Some(serializable)).await?;
+    ensure!(found.kvs().len() == 1);
+    let linearizable = zero.get("key/7", None).await;
+    ensure!(linearizable.is_err(), "it shows what is not archived");
+    // The other tenant takes writes until its archive is three seconds behind.
+    acme.put("first", "it", None).await?;
+    let deadline = Instant::now() + Duration::from_secs(15);
+    let refused = loop {
+        match acme.put("more", "it", None).await {
+            Ok(_) => ensure!(Instant::now() < deadline, "writes are never refused"),
+            Err(e) => break e.to_string(),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
+    ensure!(refused.contains("writes are refused"), "{refused}");
+    let (ok, objectives) = region.holdfast(&["objectives"]).await?;
+    ensure!(!ok && objectives.contains("breached"), "{objectives}");
+    proxy.set(Mode::Pass);
+    region.archived("acme").await?;
+    let deadline = Instant::now() + Duration::from_secs(15);
+    while let Err(e) = acme.put("after", "it", None).await {
+        ensure!(Instant::now() < deadline, "{e}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let events = loop {
+        let events = region.operate(&["events", "--tenant", "acme"]).await?;
+        if events.contains("objective-met") {
+            break events;
+        }
+        ensure!(Instant::now() < deadline, "{events}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    };
+    ensure!(events.contains("objective-breached"), "{events}");
+    // Lost in the middle of a load.
+    let mut acknowledged = 20;
+    let ends = Instant::now() + Duration::from_secs(3);
+    while Instant::now() < ends {
+        fill(&mut zero, acknowledged, acknowledged + 1).await?;
+        acknowledged += 1;
+    }
+    let (ok, table) = region.lose_and_restore().await?;
+    ensure!(ok, "{table}");
+    let mut zero = region.client("zero").await?;
+    for n in 0..acknowledged {
+        let found = zero.get(format!("key/{n}"), None).await?;
+        ensure!(
+            found.kvs().len() == 1,
+            "key/{n} was acknowledged and is gone"
+        );
+    }
+    println!("{acknowledged} acknowledged writes, none lost");
+    Ok(())
+}

@@ -74,6 +74,12 @@ impl AdminService {
         if let Some(days) = request.rotate_days {
             found.record.rotate_days = days;
         }
+        if let Some(most) = request.max_unarchived_ms {
+            found.record.max_unarchived_ms = most;
+        }
+        if request.drill_every_s.is_some() {
+            found.record.drill_every_s = request.drill_every_s;
+        }
         self.put(&found).await?;
         self.shown(&request.name)
     }

@@ -1,7 +1,9 @@
 //! The operators' API: gRPC over mutual TLS, for operator certificates only.
 
 mod deletion;
+mod drills;
 mod keys;
+mod objectives;
 mod restore;
 
 use std::sync::Arc;
@@ -23,11 +25,12 @@ use crate::limits;
 use crate::node::Node;
 use crate::proto::admin::admin_server::{Admin, AdminServer};
 use crate::proto::admin::{
-    ChangeKeyRequest, CreateTenantRequest, DeleteTenantRequest, DeleteTenantResponse, EventList,
-    ListEventsRequest, ListTenantsRequest, NodeStatusRequest, NodeStatusResponse, ResidencyRequest,
-    RestoreEvent, RestoreRegionRequest, RestoreTenantRequest, RotateKeyRequest, SetTenantRequest,
-    ShowCertificateRequest, ShowTenantRequest, Statement, Tenant as TenantMessage, TenantList,
-    UndeleteTenantRequest,
+    Archive, ChangeKeyRequest, CreateTenantRequest, DeleteTenantRequest, DeleteTenantResponse,
+    EventList, ListArchiveRequest, ListDrillsRequest, ListEventsRequest, ListObjectivesRequest,
+    ListTenantsRequest, NodeStatusRequest, NodeStatusResponse, ObjectiveList, ResidencyRequest,
+    RestoreEvent, RestoreRegionRequest, RestoreTenantRequest, RotateKeyRequest, RunDrillRequest,
+    SetTenantRequest, ShowCertificateRequest, ShowTenantRequest, Statement, StatementList,
+    Tenant as TenantMessage, TenantList, UndeleteTenantRequest,
 };
 use crate::tenant::Tenant;
 use crate::tenant::key::now_ms;
@@ -79,6 +82,11 @@ impl AdminService {
         directory.ok_or_else(|| {
             Status::unavailable(format!("this node is {state}: it has no directory"))
         })
+    }
+
+    fn found(&self, name: &str) -> Result<Arc<Tenant>, Status> {
+        let tenant = self.0.tenants.get(name);
+        tenant.ok_or_else(|| Status::not_found(format!("there is no tenant {name} in this region")))
     }
 
     fn message(&self, tenant: &Tenant) -> TenantMessage {
@@ -192,11 +200,7 @@ impl AdminService {
             id,
             incarnation: 1,
             tier,
-            rpo_ms: if request.rpo_ms == 0 {
-                rpo
-            } else {
-                request.rpo_ms
-            },
+            rpo_ms: request.rpo_ms.unwrap_or(rpo),
             rto_ms: if request.rto_ms == 0 {
                 rto
             } else {
@@ -219,6 +223,8 @@ impl AdminService {
             rotate_days: 0,
             deletion: None,
             restoring: None,
+            drill_every_s: None,
+            max_unarchived_ms: 0,
         };
         directory
             .put_tenant(&record, 0)
@@ -337,11 +343,7 @@ impl Admin for AdminService {
         request: Request<ShowTenantRequest>,
     ) -> Result<Response<TenantMessage>, Status> {
         self.operator(&request)?;
-        let name = &request.get_ref().name;
-        let tenant = self.0.tenants.get(name);
-        let tenant = tenant.ok_or_else(|| {
-            Status::not_found(format!("there is no tenant {name} in this region"))
-        })?;
+        let tenant = self.found(&request.get_ref().name)?;
         let mut message = self.message(&tenant);
         let reports = self.0.key_reports(&tenant.record()).await;
         message.key_reports = reports.into_iter().map(|(_, r)| keys::message(r)).collect();
@@ -457,6 +459,40 @@ impl Admin for AdminService {
             },
         };
         Ok(Response::new(restore::start(self.0.clone(), asked)?))
+    }
+
+    async fn list_archive(
+        &self,
+        request: Request<ListArchiveRequest>,
+    ) -> Result<Response<Archive>, Status> {
+        self.operator(&request)?;
+        let name = &request.get_ref().name;
+        self.archive(name).await.map(Response::new)
+    }
+
+    async fn list_objectives(
+        &self,
+        request: Request<ListObjectivesRequest>,
+    ) -> Result<Response<ObjectiveList>, Status> {
+        self.operator(&request)?;
+        self.objectives().await.map(Response::new)
+    }
+
+    async fn run_drill(
+        &self,
+        request: Request<RunDrillRequest>,
+    ) -> Result<Response<BoxStream<RestoreEvent>>, Status> {
+        self.operator(&request)?;
+        self.drill(&request.get_ref().name).map(Response::new)
+    }
+
+    async fn list_drills(
+        &self,
+        request: Request<ListDrillsRequest>,
+    ) -> Result<Response<StatementList>, Status> {
+        self.operator(&request)?;
+        let name = &request.get_ref().name;
+        self.drills(name).await.map(Response::new)
     }
 
     async fn restore_tenant(

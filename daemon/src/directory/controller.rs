@@ -97,8 +97,15 @@ async fn drop_older(node: &Node, id: replication::GroupId) {
             group.shutdown().await;
             // Its engine is closed before its files go.
             group.seal("another incarnation took its place").await;
+        }
+    }
+    // Also of those that a crash left and nobody opens.
+    for incarnation in 1..id.incarnation {
+        let old = replication::GroupId { incarnation, ..id };
+        let dir = node.parts.replica_dir(old);
+        if dir.exists() {
             node.parts.log.drop_group(old);
-            if let Err(e) = std::fs::remove_dir_all(node.parts.replica_dir(old)) {
+            if let Err(e) = std::fs::remove_dir_all(dir) {
                 tracing::warn!(group = %old, error = %e, "a replica's directory is not removed");
             }
         }

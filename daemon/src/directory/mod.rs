@@ -25,7 +25,7 @@ use serde::de::DeserializeOwned;
 use thiserror::Error;
 
 use crate::limits;
-use records::{DeletedRecord, EventRecord, LinkRecord, NodeRecord, TenantRecord};
+use records::{DeletedRecord, DrillRecord, EventRecord, LinkRecord, NodeRecord, TenantRecord};
 
 #[derive(Debug, Error)]
 pub enum DirectoryError {
@@ -143,6 +143,26 @@ impl Directory {
         self.list("/links/")
     }
 
+    /// The newest drill of each tenant.
+    pub fn drills(&self) -> Result<Vec<Found<DrillRecord>>, DirectoryError> {
+        self.list("/drills/")
+    }
+
+    /// Records a drill, unless a newer one is.
+    pub async fn put_drill(&self, drill: &DrillRecord) -> Result<(), DirectoryError> {
+        self.group.read_barrier().await?;
+        let known = self.drills()?.into_iter();
+        let known = known.into_iter().find(|d| d.record.tenant == drill.tenant);
+        match known {
+            Some(known) if known.record.at_ms >= drill.at_ms => Ok(()),
+            known => {
+                let modified = known.map_or(0, |known| known.modified);
+                self.put(format!("/drills/{}", drill.tenant), drill, modified)
+                    .await
+            }
+        }
+    }
+
     /// Takes a destroyed tenant's records away and notes where its certificate lies, if its record
     /// still stands at `modified`: another may have used the name since.
     pub async fn remove_tenant(
@@ -171,6 +191,7 @@ impl Directory {
         let changes = vec![
             remove(tenant.clone()),
             remove(format!("/links/{}", record.id)),
+            remove(format!("/drills/{}", record.id)),
             note,
         ];
         self.change(tenant, modified, changes).await

@@ -1,5 +1,5 @@
-//! Records of the directory, JSON under `/nodes/`, `/tenants/`, `/links/`, `/deleted/` and
-//! `/events/`.
+//! Records of the directory, JSON under `/nodes/`, `/tenants/`, `/links/`, `/drills/`, `/deleted/`
+//! and `/events/`.
 
 use std::time::Duration;
 
@@ -34,6 +34,14 @@ impl Tier {
         match self {
             Tier::Enhanced => "enhanced",
             Tier::Standard => "standard",
+        }
+    }
+
+    /// Seconds between drills where the tenant does not say.
+    pub fn drill_every_s(self) -> u64 {
+        match self {
+            Tier::Enhanced => 24 * 3600,
+            Tier::Standard => 7 * 24 * 3600,
         }
     }
 
@@ -96,6 +104,31 @@ pub struct TenantRecord {
     /// Why it is withheld while it is restored in place.
     #[serde(default)]
     pub restoring: Option<String>,
+    /// Seconds between drills, 0 for none; the tier's if not given.
+    #[serde(default)]
+    pub drill_every_s: Option<u64>,
+    /// Writes are refused while the oldest one that is not archived is older, milliseconds; 0: never.
+    #[serde(default)]
+    pub max_unarchived_ms: u64,
+}
+
+/// The newest drill of a tenant. Times are milliseconds since 1970.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DrillRecord {
+    pub tenant: TenantId,
+    pub at_ms: u64,
+    /// Why it failed; empty if it did not.
+    pub problem: String,
+    pub rpo_ms: u64,
+    pub rto_ms: u64,
+    /// How much was fetched and replayed, and how long that took.
+    pub fetched_bytes: u64,
+    pub fetched_in_ms: u64,
+    pub replayed_bytes: u64,
+    pub replayed_in_ms: u64,
+    /// Where its evidence lies in the bucket.
+    pub evidence: String,
 }
 
 /// A tenant that is being deleted. Times are milliseconds since 1970.
@@ -200,6 +233,12 @@ impl TenantRecord {
         self.needed().last().map_or(1, |newest| newest + 1)
     }
 
+    /// Seconds between drills; 0: none.
+    pub fn drill_every_s(&self) -> u64 {
+        let given = self.drill_every_s;
+        given.unwrap_or_else(|| self.tier.drill_every_s())
+    }
+
     pub fn key_grace(&self) -> Duration {
         Duration::from_secs(self.key_grace_s)
     }
@@ -247,6 +286,13 @@ pub enum EventKind {
     ResidencyRefused,
     /// It was taken back to an earlier moment.
     Restored,
+    /// A recovery objective will be missed unless something changes, is missed, is met again.
+    ObjectiveNear,
+    ObjectiveBreached,
+    ObjectiveMet,
+    /// A restore from the bucket was tried, and proven.
+    DrillPassed,
+    DrillFailed,
     /// The grace before its destruction began.
     Deleted,
     Undeleted,
@@ -266,6 +312,11 @@ impl EventKind {
             EventKind::Rewritten => "rewritten",
             EventKind::ResidencyRefused => "residency-refused",
             EventKind::Restored => "restored",
+            EventKind::ObjectiveNear => "objective-near",
+            EventKind::ObjectiveBreached => "objective-breached",
+            EventKind::ObjectiveMet => "objective-met",
+            EventKind::DrillPassed => "drill-passed",
+            EventKind::DrillFailed => "drill-failed",
             EventKind::Deleted => "deleted",
             EventKind::Undeleted => "undeleted",
             EventKind::Destroyed => "destroyed",

@@ -47,6 +47,13 @@ impl KvService {
         if grows && group.store().bytes() >= session.tenant.quota() {
             return Err(failed(&Failed::NoSpace));
         }
+        let most = session.tenant.max_unarchived();
+        if !most.is_zero() && group.unarchived_for() > most {
+            return Err(Status::unavailable(format!(
+                "holdfast: writes are refused while the archive is more than {} ms behind: is the bucket away?",
+                most.as_millis()
+            )));
+        }
         let command = Command {
             user: session.user.clone(),
             auth_revision: session.auth_revision,

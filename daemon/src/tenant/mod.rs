@@ -162,6 +162,11 @@ impl Tenant {
     }
 
     /// Whether the group is about to be here.
+    /// How old the oldest write that is not archived may be before others are refused; zero: any.
+    pub fn max_unarchived(&self) -> Duration {
+        Duration::from_millis(self.record.read().max_unarchived_ms)
+    }
+
     pub fn is_opening(&self) -> bool {
         matches!(&*self.group.read(), Err(why) if why == OPENING)
     }

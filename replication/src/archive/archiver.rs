@@ -7,6 +7,7 @@
 //! meanwhile, and no write is refused because of them. A closed chain fences the group.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use openraft::async_runtime::WatchReceiver;
@@ -123,11 +124,22 @@ impl Archiver {
         let mut applied = group.store().watch();
         // A leader of another term looks anew.
         while group.is_leader() && !group.is_fenced() && self.term(group) == term {
+            if group.shared().wanted.swap(false, Ordering::Relaxed) {
+                group.make_checkpoint().await;
+                // Not one of before.
+                uploaded = uploaded.max(tail.last_index().saturating_sub(1));
+                links = links.max(CHECKPOINT_LINKS);
+            }
             let state = applied.borrow_and_update().clone();
             if state.index() <= tail.last_index() {
                 let idle = tokio::time::timeout(LOOK, applied.changed()).await;
                 if idle.is_err() {
                     self.look(group, &mut tail).await?;
+                    if links >= CHECKPOINT_LINKS
+                        && self.checkpoint(group, &known, &mut uploaded).await?
+                    {
+                        (since_checkpoint, links) = (0, 0);
+                    }
                 }
                 continue;
             }

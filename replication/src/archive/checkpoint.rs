@@ -202,6 +202,19 @@ pub async fn upload(
 
 /// Names of a group's manifests, newest first.
 pub async fn list(bucket: &Arc<dyn ObjectStore>, group: GroupId) -> Result<Vec<Path>, ChainError> {
+    let listed = list_with_times(bucket, group).await?;
+    let mut names: Vec<_> = listed.into_iter().map(|(name, _)| name).collect();
+    names.sort();
+    names.reverse();
+    Ok(names)
+}
+
+/// Names of a group's manifests, and when each was written, by the store's clock, in milliseconds
+/// since 1970.
+pub async fn list_with_times(
+    bucket: &Arc<dyn ObjectStore>,
+    group: GroupId,
+) -> Result<Vec<(Path, u64)>, ChainError> {
     let dir = checkpoints_dir(group);
     let found: Vec<_> = bucket
         .list(Some(&dir))
@@ -211,10 +224,11 @@ pub async fn list(bucket: &Arc<dyn ObjectStore>, group: GroupId) -> Result<Vec<P
             object: dir.to_string(),
             cause,
         })?;
-    let mut names: Vec<_> = found.into_iter().map(|meta| meta.location).collect();
-    names.sort();
-    names.reverse();
-    Ok(names)
+    let timed = |meta: object_store::ObjectMeta| {
+        let at = meta.last_modified.timestamp_millis();
+        (meta.location, at.try_into().unwrap_or(0))
+    };
+    Ok(found.into_iter().map(timed).collect())
 }
 
 /// The link that a manifest's name says it stands at.

@@ -13,3 +13,4 @@ pub mod ledger;
 pub mod link;
 pub mod rewriting;
 pub mod s3;
+pub mod survey;

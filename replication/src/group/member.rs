@@ -124,6 +124,8 @@ pub struct Shared {
     min_voters: usize,
     fenced: AtomicBool,
     quarantined: AtomicBool,
+    /// A checkpoint in the bucket is asked for.
+    pub wanted: AtomicBool,
     /// This node was a voter at some time: its replica was filled.
     joined: AtomicBool,
     /// The term in which this node's archiver has looked whether the chain is closed.
@@ -276,6 +278,7 @@ impl Group {
             min_voters: given.min_voters,
             fenced: AtomicBool::new(false),
             quarantined: AtomicBool::new(false),
+            wanted: AtomicBool::new(false),
             joined: AtomicBool::new(false),
             cleared: AtomicU64::new(0),
         });
@@ -527,6 +530,16 @@ impl Group {
             state: found.state,
             files: open_files(&found.dir)?,
         }))
+    }
+
+    /// Age of the oldest acknowledged write that is not archived.
+    pub fn unarchived_for(&self) -> Duration {
+        self.shared.ledger.age()
+    }
+
+    /// Asks for a checkpoint in the bucket: what a restore replays has become too much.
+    pub fn want_checkpoint(&self) {
+        self.shared.wanted.store(true, Ordering::Relaxed);
     }
 
     /// Asks for a checkpoint; it is made in the background, and not while the tenant is sealed.

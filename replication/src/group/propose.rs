@@ -38,6 +38,8 @@ const FORWARDS: usize = 4;
 const QUEUE: usize = 8192;
 /// How long a proposal may look for a leader, and wait for its outcome.
 const FIND_LEADER: Duration = Duration::from_secs(5);
+/// How long a write with RPO 0 may take to be archived: below what a forwarding member waits.
+const ARCHIVED: Duration = Duration::from_secs(7);
 const OUTCOME: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(25);
 
@@ -57,10 +59,15 @@ pub enum ProposeError {
     LeaderChanged,
     #[error("etcdserver: request timed out")]
     TimedOut,
+    #[error(
+        "holdfast: outcome unknown: the write is not in the bucket yet, which its RPO of 0 asks for"
+    )]
+    Unarchived,
 }
 
 const NOT_LEADER: &str = "not the leader";
 const SEALED: &str = "sealed";
+const UNARCHIVED: &str = "unarchived";
 
 type Answer = Result<Vec<Reply>, ProposeError>;
 
@@ -243,8 +250,8 @@ async fn finish_write(shared: &Shared, started: Started) -> Outcome {
         Ok(Ok(Err(ClientWriteError::ForwardToLeader(_)))) => Outcome::NotLeader,
         Ok(Ok(Err(_))) => Outcome::Failed(ProposeError::LeaderChanged),
         Ok(Ok(Ok(written))) => {
-            if shared.rpo_zero && !shared.wait_archived(written.log_id.index, OUTCOME).await {
-                return Outcome::Failed(ProposeError::TimedOut);
+            if shared.rpo_zero && !shared.wait_archived(written.log_id.index, ARCHIVED).await {
+                return Outcome::Failed(ProposeError::Unarchived);
             }
             Outcome::Done(written.data.replies)
         }
@@ -314,6 +321,9 @@ async fn forward(shared: &Shared, body: &[u8]) -> Outcome {
         }
         Err(CallError::Remote(why)) if why == NOT_LEADER => Outcome::NotLeader,
         Err(CallError::Remote(why)) if why == SEALED => Outcome::Failed(ProposeError::Sealed),
+        Err(CallError::Remote(why)) if why == UNARCHIVED => {
+            Outcome::Failed(ProposeError::Unarchived)
+        }
         Err(CallError::Remote(_)) => Outcome::Failed(ProposeError::LeaderChanged),
         Err(CallError::NotConnected) => Outcome::NotLeader,
         Err(CallError::Disconnected) => Outcome::Failed(ProposeError::LeaderChanged),
@@ -328,6 +338,7 @@ pub(super) async fn serve(proposer: &Proposer, body: Bytes) -> Result<Bytes, Str
         Ok(replies) => Ok(Replies { replies }.encode_to_vec().into()),
         Err(ProposeError::NoLeader | ProposeError::Overloaded) => Err(NOT_LEADER.into()),
         Err(ProposeError::Sealed) => Err(SEALED.into()),
+        Err(ProposeError::Unarchived) => Err(UNARCHIVED.into()),
         Err(e) => Err(e.to_string()),
     }
 }

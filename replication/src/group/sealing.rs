@@ -59,7 +59,7 @@ pub struct Replica {
     /// What was taken away last.
     closing: parking_lot::Mutex<(Weak<Engine>, Weak<TenantKeys>)>,
     /// Keys that something beside the machine holds for a while; it stops when the tenant is sealed.
-    lent: parking_lot::Mutex<Weak<TenantKeys>>,
+    lent: parking_lot::Mutex<Vec<Weak<TenantKeys>>>,
     pub(super) counted: parking_lot::Mutex<Option<Counted>>,
 }
 
@@ -242,8 +242,8 @@ impl Replica {
         let started = Instant::now();
         loop {
             let (engine, keys) = self.closing.lock().clone();
-            let lent = self.lent.lock().strong_count();
-            if engine.strong_count() + keys.strong_count() + lent == 0 {
+            let lent = self.lent.lock().iter().any(|lent| lent.strong_count() > 0);
+            if engine.strong_count() + keys.strong_count() == 0 && !lent {
                 return true;
             }
             if started.elapsed() > GONE_WITHIN {
@@ -256,7 +256,9 @@ impl Replica {
 
     /// Notes keys that are in use beside the machine: sealing is not over before they are gone.
     pub fn lend(&self, keys: &Arc<TenantKeys>) {
-        *self.lent.lock() = Arc::downgrade(keys);
+        let mut lent = self.lent.lock();
+        lent.retain(|lent| lent.strong_count() > 0);
+        lent.push(Arc::downgrade(keys));
     }
 
     /// Opens a sealed replica and applies what has passed meanwhile.

@@ -7,6 +7,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use parking_lot::RwLock;
 use prost::Message;
 use tokio::sync::watch;
@@ -17,6 +18,7 @@ use crate::engine::{Cf, Engine, EngineError};
 use crate::mvcc::check::Failed;
 use crate::mvcc::digest::{Digests, Hasher};
 use crate::mvcc::range;
+use crate::mvcc::record::Record;
 use crate::mvcc::view::View;
 use crate::proto::command::User;
 use crate::proto::etcdserverpb::{RangeRequest, RangeResponse, TxnRequest, TxnResponse};
@@ -193,6 +195,35 @@ impl Store {
     /// A user of the tenant.
     pub fn user(&self, name: &str) -> Result<Option<User>, EngineError> {
         read_user(&*self.engine()?, name)
+    }
+
+    /// Up to `count` live keys with their records, each as likely as any other. Reads every row.
+    pub fn sample(&self, count: usize) -> Result<Vec<(Bytes, Record)>, EngineError> {
+        self.view(|view, _| {
+            let mut rows = view.engine.db().raw_iterator_cf(view.engine.cf(Cf::Kv));
+            let mut sampled = Vec::with_capacity(count);
+            let mut seen = 0u64;
+            rows.seek_to_first();
+            while let Some((key, row)) = rows.item() {
+                seen += 1;
+                let draw = u64::from_be_bytes(kms::secret::random_bytes()) % seen;
+                let at = match sampled.len() < count {
+                    true => sampled.len(),
+                    false => draw as usize,
+                };
+                if at < count {
+                    let record = Record::decode(row).ok_or(EngineError::Damaged("a record"))?;
+                    let one = (Bytes::copy_from_slice(key), record);
+                    match sampled.get_mut(at) {
+                        Some(place) => *place = one,
+                        None => sampled.push(one),
+                    }
+                }
+                rows.next();
+            }
+            rows.status()?;
+            Ok(sampled)
+        })
     }
 
     /// Counts the digests anew from every row of a snapshot, and says at which state. Rate-limited

@@ -57,6 +57,20 @@ impl Plan {
         self.until == Until::End
     }
 
+    /// Bytes of the entries that are replayed.
+    pub fn log_bytes(&self) -> u64 {
+        let entries = self.links.iter().flat_map(|link| &link.entries);
+        let own: u64 = entries.map(|entry| entry.len() as u64).sum();
+        own + self.before.as_ref().map_or(0, |b| b.log_bytes())
+    }
+
+    /// Bytes of the checkpoint's files.
+    pub fn checkpoint_bytes(&self) -> u64 {
+        let files = self.manifest.iter().flat_map(|m| &m.files);
+        let own: u64 = files.map(|file| file.length).sum();
+        own + self.before.as_ref().map_or(0, |b| b.checkpoint_bytes())
+    }
+
     /// Links of this plan and those before it.
     pub fn total_links(&self) -> u64 {
         self.links.len() as u64 + self.before.as_ref().map_or(0, |b| b.total_links())

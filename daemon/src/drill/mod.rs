@@ -1,0 +1,332 @@
+//! Drills: a tenant is restored from the bucket alone, in a place that no client can reach, proven,
+//! measured and removed; signed evidence of it is kept in the bucket.
+//!
+//! Invariants. Nothing of the tenant is changed, and nothing that lives on this node is used but its
+//! keys, which are let go of when it is sealed. A drill passes only if everything it read
+//! authenticates, the digest counted from every row is the chain's, and a sample of keys is what the
+//! live tenant says at the same revision. It runs on one thread of low priority, with memory and a
+//! rate of its own.
+
+mod evidence;
+mod page;
+mod schedule;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use kms::TenantKeys;
+use object_store::path::Path as ObjectPath;
+use object_store::{PutMode, PutPayload};
+use parking_lot::Mutex;
+use replication::archive::chain::Chain;
+use replication::engine::{Budget, Ciphering};
+use replication::group::Group;
+use replication::mvcc::digest::Digests;
+use replication::proto::etcdserverpb::RangeRequest;
+use replication::restore::{self, Plan, Progress, Rebuilt, plan};
+
+use crate::directory::records::{DrillRecord, EventKind, TenantRecord};
+use crate::limits;
+use crate::node::Node;
+use crate::signed::{self, Kind, Signed};
+use crate::tenant::key::now_ms;
+use crate::tenant::{self, DRILL};
+
+pub use evidence::{Evidence, Phase, Sample};
+pub use page::page;
+pub use schedule::keep;
+
+/// Told of each step, with how far it is: done, of how much.
+pub type Told = Arc<dyn Fn(&str, u64, u64) + Send + Sync>;
+
+/// Niceness of the thread that restores.
+const NICE: i32 = 15;
+
+fn text(e: impl std::fmt::Display) -> String {
+    e.to_string()
+}
+
+/// Where the evidence of a tenant's drills lies.
+pub fn evidence_dir(id: kms::TenantId) -> ObjectPath {
+    ObjectPath::from(format!("drills/{id}"))
+}
+
+/// Runs a drill and leaves its evidence, also of one that fails; an error if there could be none.
+pub async fn run(node: &Arc<Node>, record: &TenantRecord, told: Told) -> Result<Signed, String> {
+    let Ok(_one) = node.drilling.try_acquire() else {
+        return Err("a drill is under way on this node: try again once it is done".into());
+    };
+    let group = node.parts.groups.get(record.group());
+    let group = group.ok_or_else(|| {
+        let placement = record.placement.join(", ");
+        format!("this node holds no replica of the tenant: ask one of {placement}")
+    })?;
+    if let Some(why) = group.sealed() {
+        return Err(format!("the tenant is sealed here: {why}"));
+    }
+    let mut evidence = Evidence::new(node, record, group.status().rpo_ms);
+    let began = Instant::now();
+    let tried = restored(node, record, &group, &mut evidence, told).await;
+    evidence.end(tried, began.elapsed());
+    let signed = signed::sign(&node.config.tls, Kind::Drill, &evidence)?;
+    keep_evidence(node, record, &evidence, &signed).await?;
+    Ok(signed)
+}
+
+/// Restores, proves and compares; the place is gone afterwards.
+async fn restored(
+    node: &Arc<Node>,
+    record: &TenantRecord,
+    group: &Arc<Group>,
+    evidence: &mut Evidence,
+    told: Told,
+) -> Result<(), String> {
+    let archive_key = node.archive_key().ok_or("the archive key is not known")?;
+    // Unwrapped anew, as a restore has to.
+    let keys = tenant::wrapped(&node.parts, record).await.map_err(text)?;
+    let keys = Arc::new(keys);
+    group.replica().lend(&keys);
+    evidence.phase("keys unwrapped");
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut sealed = group.replica().watch_sealed();
+    let (stopping, config) = (stop.clone(), node.config.clone());
+    let watch = tokio::spawn(async move {
+        let _ = sealed.wait_for(Option::is_some).await;
+        stopping.store(true, Ordering::Relaxed);
+    });
+    let tag = hex::encode(kms::secret::random_bytes::<4>());
+    let place = Place {
+        dir: node.parts.data_dir.join(DRILL).join(tag),
+        // Connections of its own: those of this one end with it.
+        bucket: config.bucket.open(config.region)?,
+        keys,
+        stop,
+        told,
+    };
+    let id = record.group();
+    let (mut own, live) = (evidence.clone(), group.clone());
+    let (tell, done) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new()
+        .name("drill".into())
+        .spawn(move || {
+            let compared = place.run(archive_key, id, &live, &mut own);
+            let _ = std::fs::remove_dir_all(&place.dir);
+            drop(place);
+            let _ = tell.send((compared, own));
+        })
+        .map_err(text)?;
+    let ended = done.await;
+    watch.abort();
+    let (compared, own) = ended.map_err(|_| "the drill's thread ended early")?;
+    *evidence = own;
+    compared
+}
+
+/// What a drill has for itself.
+struct Place {
+    dir: PathBuf,
+    bucket: Arc<dyn object_store::ObjectStore>,
+    keys: Arc<TenantKeys>,
+    stop: Arc<AtomicBool>,
+    told: Told,
+}
+
+impl Place {
+    fn run(
+        &self,
+        archive_key: kms::Secret,
+        id: replication::GroupId,
+        live: &Group,
+        evidence: &mut Evidence,
+    ) -> Result<(), String> {
+        lower_priority();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .on_thread_start(lower_priority)
+            .enable_all()
+            .build()
+            .map_err(text)?;
+        let rebuilt = runtime.block_on(async {
+            let chain = Chain::new(self.bucket.clone(), archive_key, id);
+            let plan = plan::newest(&chain, 0).await.map_err(text)?;
+            evidence.planned(&plan);
+            evidence.phase("planned");
+            let rebuilt = self.rebuild(&chain, &plan, evidence).await?;
+            let state = &rebuilt.state;
+            evidence.revision = state.revision;
+            evidence.time_ms = state.time_ms;
+            evidence.digest = state.digests.keys.to_string();
+            Ok::<_, String>(rebuilt)
+        })?;
+        let compared = self.compare(&rebuilt, live, evidence);
+        evidence.phase("compared");
+        drop(rebuilt);
+        runtime.shutdown_timeout(Duration::from_secs(1));
+        compared
+    }
+
+    async fn rebuild(
+        &self,
+        chain: &Chain,
+        plan: &Plan,
+        evidence: &mut Evidence,
+    ) -> Result<Rebuilt, String> {
+        let began = Instant::now();
+        let fetched = Arc::new(Mutex::new(None));
+        let replayed = Arc::new(Mutex::new(None));
+        let (fetching, replaying) = (fetched.clone(), replayed.clone());
+        let (stop, told) = (self.stop.clone(), self.told.clone());
+        let report = Arc::new(move |progress: Progress| {
+            match progress {
+                Progress::Fetched { bytes, total } => {
+                    // A rate, so that the live tenants keep their disk and network.
+                    let due = Duration::from_secs_f64(bytes as f64 / limits::DRILL_RATE as f64);
+                    std::thread::sleep(due.saturating_sub(began.elapsed()));
+                    *fetching.lock() = Some(Instant::now());
+                    told("fetched", bytes, total);
+                }
+                Progress::Replayed { links, total } => {
+                    *replaying.lock() = Some(Instant::now());
+                    told("replayed", links, total);
+                }
+                Progress::Counting => {}
+                Progress::Verified => told("verified", 1, 1),
+            }
+            !stop.load(Ordering::Relaxed)
+        });
+        let budget = Budget::new(
+            limits::DRILL_BUFFERS,
+            limits::DRILL_CACHE,
+            Ciphering::Encrypted,
+        );
+        let keys = self.keys.clone();
+        let rebuilt = restore::rebuild(chain, plan, keys, budget, &self.dir, report).await;
+        for (name, at) in [("fetched", *fetched.lock()), ("replayed", *replayed.lock())] {
+            if let Some(at) = at {
+                evidence.phase_at(name, at);
+            }
+        }
+        let rebuilt = rebuilt.map_err(text)?;
+        evidence.phase("verified");
+        Ok(rebuilt)
+    }
+
+    /// Compares with the replica that lives here: its digest, if it is known at that position, and a
+    /// sample of keys at that revision.
+    fn compare(
+        &self,
+        rebuilt: &Rebuilt,
+        live: &Group,
+        evidence: &mut Evidence,
+    ) -> Result<(), String> {
+        let state = &rebuilt.state;
+        let recent = live.recent_digests();
+        let index = state.applied.map_or(0, |at| at.index);
+        let known = recent.iter().find(|(at, _)| *at == index);
+        let known: Option<Digests> = known.map(|(_, digests)| *digests);
+        evidence.live_digest = known.map(|digests| digests.keys.to_string());
+        if known.is_some_and(|known| known != state.digests) {
+            return Err(format!(
+                "the live replica's digest at entry {index} is another one"
+            ));
+        }
+        let sampled = rebuilt.store().sample(limits::DRILL_SAMPLE).map_err(text)?;
+        for (key, record) in sampled {
+            evidence.sample.keys += 1;
+            let request = RangeRequest {
+                key,
+                revision: state.revision,
+                ..RangeRequest::default()
+            };
+            let Ok(answer) = live.store().range(&request) else {
+                // Compacted since, or this replica is not there yet.
+                evidence.sample.not_comparable += 1;
+                continue;
+            };
+            let same = answer.kvs.first().is_some_and(|kv| {
+                kv.value == record.value
+                    && kv.mod_revision == record.modified
+                    && kv.version == record.version
+            });
+            evidence.sample.differ += u64::from(!same);
+        }
+        match evidence.sample.differ {
+            0 => Ok(()),
+            differ => Err(format!(
+                "{differ} of {} sampled keys are not what the live tenant says at revision {}",
+                evidence.sample.keys, state.revision
+            )),
+        }
+    }
+}
+
+/// Lowers the calling thread's priority.
+fn lower_priority() {
+    let own = rustix::thread::gettid();
+    if let Err(e) = rustix::process::setpriority_process(Some(own), NICE) {
+        tracing::warn!(error = %e, "a drill runs at the daemon's own priority");
+    }
+}
+
+/// Puts the evidence in the bucket and the directory, and raises an alarm of a failure.
+async fn keep_evidence(
+    node: &Arc<Node>,
+    record: &TenantRecord,
+    evidence: &Evidence,
+    signed: &Signed,
+) -> Result<(), String> {
+    let dir = evidence_dir(record.id);
+    let json = serde_json::to_vec_pretty(signed).map_err(text)?;
+    let name = format!("{:015}-{}", evidence.at_ms, node.config.name);
+    let objects = [
+        (dir.clone().join(format!("{name}.json")), json),
+        (dir.join(format!("{name}.html")), page(signed)?.into_bytes()),
+    ];
+    let object = objects[0].0.to_string();
+    let mut kept = Ok(());
+    for (path, bytes) in objects {
+        let put = PutPayload::from(bytes);
+        let put = node
+            .parts
+            .bucket
+            .put_opts(&path, put, PutMode::Create.into())
+            .await;
+        kept = kept.and(put.map(drop).map_err(text));
+    }
+    let detail = match evidence.passed {
+        true => format!(
+            "revision {}, restored and verified in {} ms; evidence {object}",
+            evidence.revision, evidence.rto_ms
+        ),
+        false => format!(
+            "{}; {}; evidence {object}",
+            evidence.problem, evidence.advice
+        ),
+    };
+    let kind = match evidence.passed {
+        true => EventKind::DrillPassed,
+        false => {
+            tracing::error!(tenant = %record.id, problem = evidence.problem, "ALARM: a drill failed");
+            EventKind::DrillFailed
+        }
+    };
+    node.event(record, kind, detail);
+    let took = |name: &str| evidence.took_ms(name);
+    let drill = DrillRecord {
+        tenant: record.id,
+        at_ms: now_ms(),
+        problem: evidence.problem.clone(),
+        rpo_ms: evidence.rpo_ms,
+        rto_ms: evidence.rto_ms,
+        fetched_bytes: evidence.checkpoint_bytes,
+        fetched_in_ms: took("fetched"),
+        replayed_bytes: evidence.log_bytes,
+        replayed_in_ms: took("replayed"),
+        evidence: object,
+    };
+    let directory = node.directory().ok_or("the directory is not open")?;
+    directory.put_drill(&drill).await.map_err(text)?;
+    kept.map_err(|e| format!("the evidence is not in the bucket: {e}"))
+}

@@ -1,0 +1,241 @@
+//! Recovery objectives: what was contracted and what is, and an alarm before it is missed.
+//!
+//! The RPO is the recovery ledger's. The RTO is estimated: what the newest drill took, and what a
+//! restore would read more since, at the rates of that drill.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kms::TenantId;
+use replication::archive::chain::Chain;
+use replication::archive::survey::{Survey, survey};
+
+use crate::directory::records::{DrillRecord, EventKind, TenantRecord};
+use crate::node::Node;
+
+/// Rates of a tenant that had no drill yet, bytes a second: careful ones.
+const FETCH_RATE: u64 = 50 << 20;
+const REPLAY_RATE: u64 = 20 << 20;
+/// What a restore takes besides.
+const FIXED_MS: u64 = 1_000;
+/// Fewer bytes than this say nothing of a rate.
+const MEASURABLE: u64 = 8 << 20;
+/// From this part of a contract on it is near.
+const NEAR: f64 = 0.8;
+/// From this part of the RTO on a checkpoint is made, as long as the log is most of it.
+const CHECKPOINT_AT: f64 = 0.5;
+const LOOK: Duration = Duration::from_secs(1);
+/// Looks at the ledger between two at the bucket.
+const LOOKS: u32 = 60;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Standing {
+    Met,
+    Near,
+    Breached,
+}
+
+impl Standing {
+    pub fn name(self) -> &'static str {
+        match self {
+            Standing::Met => "met",
+            Standing::Near => "near",
+            Standing::Breached => "breached",
+        }
+    }
+
+    /// Of what is, beside what was contracted, in milliseconds.
+    pub fn of(is: u64, contracted: u64) -> Self {
+        // An RPO of 0 delays answers; a second is what the ledger's own samples may lag.
+        let contracted = contracted.max(1_000);
+        match is as f64 / contracted as f64 {
+            part if part > 1.0 => Standing::Breached,
+            part if part > NEAR => Standing::Near,
+            _ => Standing::Met,
+        }
+    }
+}
+
+/// What a restore to the newest state would read and take.
+#[derive(Clone, Copy, Debug)]
+pub struct Estimate {
+    pub checkpoint_bytes: u64,
+    pub log_bytes: u64,
+    pub rto_ms: u64,
+    /// Of it, for the log.
+    pub replay_ms: u64,
+}
+
+fn rate(bytes: u64, in_ms: u64, otherwise: u64) -> u64 {
+    match bytes >= MEASURABLE && in_ms > 0 {
+        true => (bytes * 1000 / in_ms).max(1),
+        false => otherwise,
+    }
+}
+
+/// Estimates a restore from the newest drill.
+pub fn estimate(found: &Survey, drill: Option<&DrillRecord>) -> Estimate {
+    let (checkpoint_bytes, log_bytes) = (found.checkpoint_bytes(), found.behind());
+    let drill = drill.filter(|drill| drill.problem.is_empty());
+    let (fetch, replay) = match drill {
+        Some(d) => (
+            rate(d.fetched_bytes, d.fetched_in_ms, FETCH_RATE),
+            rate(d.replayed_bytes, d.replayed_in_ms, REPLAY_RATE),
+        ),
+        None => (FETCH_RATE, REPLAY_RATE),
+    };
+    let more = |now: u64, then: Option<u64>, rate: u64| {
+        now.saturating_sub(then.unwrap_or(0)) as u128 * 1000 / u128::from(rate)
+    };
+    let fetch_ms = more(checkpoint_bytes, drill.map(|d| d.fetched_bytes), fetch);
+    let more_ms = more(log_bytes, drill.map(|d| d.replayed_bytes), replay);
+    let rto_ms = drill.map_or(FIXED_MS, |d| d.rto_ms) + (fetch_ms + more_ms) as u64;
+    Estimate {
+        checkpoint_bytes,
+        log_bytes,
+        rto_ms,
+        replay_ms: (u128::from(log_bytes) * 1000 / u128::from(replay)) as u64,
+    }
+}
+
+impl Node {
+    /// Estimates what a restore of a tenant would take now.
+    pub async fn estimate(&self, record: &TenantRecord) -> Result<Estimate, String> {
+        let key = self.archive_key().ok_or("the archive key is not known")?;
+        let chain = Chain::new(self.parts.bucket.clone(), key, record.group());
+        let mut found = survey(&chain).await.map_err(|e| e.to_string())?;
+        if found.checkpoints.is_empty() && record.incarnation > 1 {
+            // It begins in the one before.
+            let before = survey(&chain.of(record.incarnation - 1)).await;
+            let before = before.map_err(|e| e.to_string())?;
+            found
+                .links
+                .extend(before.links.into_iter().map(|(_, b, at)| (u64::MAX, b, at)));
+            found.checkpoints = before.checkpoints;
+        }
+        let directory = self.directory().ok_or("the directory is not open")?;
+        let drills = directory.drills().map_err(|e| e.to_string())?;
+        let drill = drills.iter().find(|d| d.record.tenant == record.id);
+        Ok(estimate(&found, drill.map(|d| &d.record)))
+    }
+
+    /// Says that an objective stands otherwise than before.
+    fn objective(
+        &self,
+        record: &TenantRecord,
+        what: &str,
+        is: u64,
+        contracted: u64,
+        now: Standing,
+    ) {
+        let mut detail = format!("{what} {is} ms, {contracted} ms contracted");
+        let kind = match now {
+            Standing::Met => EventKind::ObjectiveMet,
+            Standing::Near => {
+                let left = contracted.saturating_sub(is);
+                if what == RPO {
+                    detail.push_str(&format!("; missed in {left} ms unless the bucket answers"));
+                }
+                tracing::warn!(tenant = %record.id, "ALARM: near: {detail}");
+                EventKind::ObjectiveNear
+            }
+            Standing::Breached => {
+                tracing::error!(tenant = %record.id, "ALARM: missed: {detail}");
+                EventKind::ObjectiveBreached
+            }
+        };
+        self.event(record, kind, detail);
+    }
+}
+
+const RPO: &str = "RPO";
+const RTO: &str = "estimated RTO";
+
+/// Watches the objectives of the tenants that this node leads.
+pub async fn keep(node: Arc<Node>) {
+    let mut known: HashMap<(TenantId, &'static str), Standing> = HashMap::new();
+    let mut looks = 0u32;
+    loop {
+        tokio::time::sleep(LOOK).await;
+        looks = looks.wrapping_add(1);
+        for tenant in node.tenants.all() {
+            let record = tenant.record();
+            let Ok(group) = tenant.group() else { continue };
+            if !group.is_leader() {
+                known.retain(|(id, _), _| *id != record.id);
+                continue;
+            }
+            let rpo_ms = group.unarchived_for().as_millis() as u64;
+            let mut seen = vec![(RPO, rpo_ms, record.rpo_ms)];
+            if looks.is_multiple_of(LOOKS)
+                && let Ok(estimate) = node.estimate(&record).await
+            {
+                let most = record.rto_ms as f64 * CHECKPOINT_AT;
+                if estimate.rto_ms as f64 > most && estimate.replay_ms * 2 > estimate.rto_ms {
+                    tracing::info!(tenant = %record.id, rto_ms = estimate.rto_ms, "a checkpoint is made: a restore would take too much of its RTO");
+                    group.want_checkpoint();
+                }
+                seen.push((RTO, estimate.rto_ms, record.rto_ms));
+            }
+            for (what, is, contracted) in seen {
+                let now = Standing::of(is, contracted);
+                let before = known.insert((record.id, what), now);
+                let before = before.unwrap_or(Standing::Met);
+                // An RPO of a second is near now and then: only missing it is said.
+                let said = now != before && (contracted > 2_000 || now != Standing::Near);
+                let silent = before == Standing::Near && contracted <= 2_000;
+                if said && !(silent && now == Standing::Met) {
+                    node.objective(&record, what, is, contracted, now);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_estimate_follows_the_drill() {
+        let drill = DrillRecord {
+            tenant: TenantId([1; 16]),
+            at_ms: 1,
+            problem: String::new(),
+            rpo_ms: 0,
+            rto_ms: 3_000,
+            fetched_bytes: 100 << 20,
+            fetched_in_ms: 1_000,
+            replayed_bytes: 10 << 20,
+            replayed_in_ms: 1_000,
+            evidence: String::new(),
+        };
+        let found = Survey {
+            links: vec![(1, 30 << 20, 0)],
+            ..Survey::default()
+        };
+        // 20 MiB more of log, at 10 MiB a second.
+        let estimated = estimate(&found, Some(&drill));
+        assert_eq!((estimated.log_bytes, estimated.rto_ms), (30 << 20, 5_000));
+        // Nothing measured: the careful rates.
+        assert_eq!(estimate(&found, None).rto_ms, 1_000 + 1_500);
+        let failed = DrillRecord {
+            problem: "damaged".into(),
+            ..drill
+        };
+        assert_eq!(estimate(&found, Some(&failed)).rto_ms, 2_500);
+    }
+
+    #[test]
+    fn contracts_are_near_before_they_are_breached() {
+        for (is, wanted) in [
+            (0, Standing::Met),
+            (4_000, Standing::Met),
+            (4_500, Standing::Near),
+            (5_001, Standing::Breached),
+        ] {
+            assert_eq!(Standing::of(is, 5_000), wanted, "{is}");
+        }
+    }
+}

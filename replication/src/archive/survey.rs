@@ -1,0 +1,112 @@
+//! What of a tenant's history is in the bucket, from listings and manifests alone.
+
+use futures::{StreamExt, TryStreamExt};
+use object_store::{ObjectMeta, ObjectStore};
+
+use super::bucket::chain_dir;
+use super::chain::{Chain, ChainError};
+use super::checkpoint::{self, Manifest};
+
+const IN_FLIGHT: usize = 8;
+
+/// A checkpoint in the bucket.
+#[derive(Clone, Debug)]
+pub struct Kept {
+    pub manifest: Manifest,
+    /// When it was uploaded, by the store's clock, milliseconds since 1970.
+    pub at_ms: u64,
+}
+
+impl Kept {
+    /// Bytes of its files.
+    pub fn bytes(&self) -> u64 {
+        self.manifest.files.iter().map(|file| file.length).sum()
+    }
+}
+
+/// One incarnation's chain.
+#[derive(Clone, Debug, Default)]
+pub struct Survey {
+    pub incarnation: u32,
+    /// Number, size in bytes and time of each link, in order.
+    pub links: Vec<(u64, u64, u64)>,
+    pub closed: bool,
+    /// Oldest first.
+    pub checkpoints: Vec<Kept>,
+}
+
+fn ms(meta: &ObjectMeta) -> u64 {
+    meta.last_modified
+        .timestamp_millis()
+        .try_into()
+        .unwrap_or(0)
+}
+
+impl Survey {
+    /// Bytes of the links that a restore to the newest state replays.
+    pub fn behind(&self) -> u64 {
+        let newest = self.checkpoints.last().map_or(0, |kept| kept.manifest.link);
+        let behind = self.links.iter().filter(|(number, _, _)| *number > newest);
+        behind.map(|(_, bytes, _)| bytes).sum()
+    }
+
+    /// Bytes of the checkpoint that it begins with.
+    pub fn checkpoint_bytes(&self) -> u64 {
+        self.checkpoints.last().map_or(0, Kept::bytes)
+    }
+
+    /// Whether every moment since its beginning can be restored.
+    pub fn is_whole(&self) -> bool {
+        self.links
+            .first()
+            .is_some_and(|(number, _, _)| *number == 1)
+    }
+}
+
+/// Looks at a chain.
+pub async fn survey(chain: &Chain) -> Result<Survey, ChainError> {
+    let (bucket, group) = (chain.bucket(), chain.group());
+    let dir = chain_dir(group);
+    let listed: Vec<ObjectMeta> = bucket
+        .list(Some(&dir))
+        .try_collect()
+        .await
+        .map_err(|cause| ChainError::Store {
+            object: dir.to_string(),
+            cause,
+        })?;
+    let link = |meta: &ObjectMeta| {
+        let number = meta.location.filename()?.parse().ok()?;
+        Some((number, meta.size, ms(meta)))
+    };
+    let mut links: Vec<_> = listed.iter().filter_map(link).collect();
+    links.sort_unstable();
+    let closed = match links.last() {
+        Some((number, _, _)) => chain.read(*number).await?.header.closed.is_some(),
+        None => false,
+    };
+    let objects = checkpoint::list_with_times(bucket, group).await?;
+    let reads = objects.into_iter().map(|(object, at)| async move {
+        match checkpoint::read(chain, &object).await {
+            Ok(manifest) => Ok(Some(Kept {
+                manifest,
+                at_ms: at,
+            })),
+            // It is of no use for a restore.
+            Err(ChainError::Refused { .. } | ChainError::Missing(_)) => Ok(None),
+            Err(e) => Err(e),
+        }
+    });
+    let read: Vec<Option<Kept>> = futures::stream::iter(reads)
+        .buffered(IN_FLIGHT)
+        .try_collect()
+        .await?;
+    let mut checkpoints: Vec<Kept> = read.into_iter().flatten().collect();
+    checkpoints.sort_by_key(|kept| (kept.manifest.link, kept.manifest.position.index));
+    Ok(Survey {
+        incarnation: group.incarnation,
+        links,
+        closed,
+        checkpoints,
+    })
+}
