@@ -173,9 +173,11 @@ pub async fn prove(
         return Err(RewriteError::NoDigest(manifest.link));
     }
     let report = Arc::new(move |_| go_on());
+    // Its engine is closed before its files go.
     let restored = restore::rebuild(chain, &plan, keys, budget, dir, report).await;
+    let restored = restored.map(drop);
     let removed = tokio::fs::remove_dir_all(dir).await;
-    drop(restored?);
+    restored?;
     Ok(removed?)
 }
 

@@ -160,6 +160,13 @@ impl Replica {
         let scratch = self.dir.scratch("rewritten");
         let _ = std::fs::remove_dir_all(&scratch);
         self.store.engine()?.checkpoint(&scratch)?;
+        // It writes its options anew, and would keep the older ones beside them.
+        for entry in std::fs::read_dir(&scratch)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with("OPTIONS-") {
+                std::fs::remove_file(entry.path())?;
+            }
+        }
         let (number, path) = self.dir.next_engine(&scratch)?;
         let engine = Engine::open(&path, machine.keys().clone(), &self.budget)?;
         sync_dir(&path)?;
