@@ -440,6 +440,7 @@ async fn a_tenant_goes_back_in_place() -> Result<()> {
     let written = load.stop().await?;
     ensure!(written.len() > 100, "globex took {} writes", written.len());
 
+    region.archived("globex").await?;
     region.archived("acme").await?;
     let (ok, table) = region.lose_and_restore().await?;
     ensure!(ok, "{table}");
