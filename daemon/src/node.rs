@@ -94,6 +94,8 @@ pub struct Node {
     pub(crate) bucket_place: RwLock<BucketPlace>,
     /// One restore at a time.
     pub restoring: Semaphore,
+    /// Taken by a restore of one tenant, in place.
+    pub going_back: Semaphore,
     /// Taken by a drill: one at a time.
     pub drilling: Semaphore,
     tasks: parking_lot::Mutex<JoinSet<()>>,
@@ -189,6 +191,7 @@ impl Node {
             events: Pending::default(),
             bucket_place: RwLock::default(),
             restoring: Semaphore::new(1),
+            going_back: Semaphore::new(1),
             drilling: Semaphore::new(1),
             tasks: parking_lot::Mutex::new(JoinSet::new()),
             config,
@@ -341,7 +344,9 @@ impl Node {
         let own = self.clone();
         self.spawn(async move { drill::keep(own).await });
         let own = self.clone();
-        self.spawn(async move { objectives::keep(own).await });
+        self.spawn(async move { objectives::keep_rpo(own).await });
+        let own = self.clone();
+        self.spawn(async move { objectives::keep_rto(own).await });
         let own = self.clone();
         self.spawn(async move { own.watch_bucket().await });
         let own = self.clone();

@@ -5,11 +5,13 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kms::TenantId;
 use replication::archive::chain::Chain;
-use replication::archive::survey::{Survey, survey};
+use replication::archive::survey::{Load, load};
+
+use replication::group::Group;
 
 use crate::directory::records::{DrillRecord, EventKind, TenantRecord};
 use crate::node::Node;
@@ -26,8 +28,12 @@ const NEAR: f64 = 0.8;
 /// From this part of the RTO on a checkpoint is made, as long as the log is most of it.
 const CHECKPOINT_AT: f64 = 0.5;
 const LOOK: Duration = Duration::from_secs(1);
-/// Looks at the ledger between two at the bucket.
-const LOOKS: u32 = 60;
+const ESTIMATE: Duration = Duration::from_secs(60);
+const ANSWERS_WITHIN: Duration = Duration::from_secs(10);
+/// An objective is said to be met again once it has been for so long.
+const HELD: Duration = Duration::from_secs(10);
+/// Up to here an RPO is near in ordinary service, in milliseconds.
+const SHORT: u64 = 2_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Standing {
@@ -75,8 +81,11 @@ fn rate(bytes: u64, in_ms: u64, otherwise: u64) -> u64 {
 }
 
 /// Estimates a restore from the newest drill.
-pub fn estimate(found: &Survey, drill: Option<&DrillRecord>) -> Estimate {
-    let (checkpoint_bytes, log_bytes) = (found.checkpoint_bytes(), found.behind());
+pub fn estimate(load: Load, drill: Option<&DrillRecord>) -> Estimate {
+    let Load {
+        checkpoint_bytes,
+        log_bytes,
+    } = load;
     let drill = drill.filter(|drill| drill.problem.is_empty());
     let (fetch, replay) = match drill {
         Some(d) => (
@@ -104,20 +113,11 @@ impl Node {
     pub async fn estimate(&self, record: &TenantRecord) -> Result<Estimate, String> {
         let key = self.archive_key().ok_or("the archive key is not known")?;
         let chain = Chain::new(self.parts.bucket.clone(), key, record.group());
-        let mut found = survey(&chain).await.map_err(|e| e.to_string())?;
-        if found.checkpoints.is_empty() && record.incarnation > 1 {
-            // It begins in the one before.
-            let before = survey(&chain.of(record.incarnation - 1)).await;
-            let before = before.map_err(|e| e.to_string())?;
-            found
-                .links
-                .extend(before.links.into_iter().map(|(_, b, at)| (u64::MAX, b, at)));
-            found.checkpoints = before.checkpoints;
-        }
+        let found = load(&chain).await.map_err(|e| e.to_string())?;
         let directory = self.directory().ok_or("the directory is not open")?;
         let drills = directory.drills().map_err(|e| e.to_string())?;
         let drill = drills.iter().find(|d| d.record.tenant == record.id);
-        Ok(estimate(&found, drill.map(|d| &d.record)))
+        Ok(estimate(found, drill.map(|d| &d.record)))
     }
 
     /// Says that an objective stands otherwise than before.
@@ -152,42 +152,95 @@ impl Node {
 const RPO: &str = "RPO";
 const RTO: &str = "estimated RTO";
 
-/// Watches the objectives of the tenants that this node leads.
-pub async fn keep(node: Arc<Node>) {
-    let mut known: HashMap<(TenantId, &'static str), Standing> = HashMap::new();
-    let mut looks = 0u32;
+/// What was said of an objective, and since when it is met after it was not.
+struct Said {
+    standing: Standing,
+    met_since: Option<Instant>,
+}
+
+/// What is said of the objectives of the tenants that this node leads.
+#[derive(Default)]
+struct Watched(HashMap<TenantId, Said>);
+
+impl Watched {
+    /// Answers whether `now` is to be said: anything worse at once, and that it is met once it has been
+    /// for a while.
+    fn see(&mut self, id: TenantId, now: Standing) -> bool {
+        let said = self.0.entry(id).or_insert(Said {
+            standing: Standing::Met,
+            met_since: None,
+        });
+        if now != Standing::Met {
+            said.met_since = None;
+        }
+        let mut held = || said.met_since.get_or_insert_with(Instant::now).elapsed() >= HELD;
+        let news = match now.cmp(&said.standing) {
+            std::cmp::Ordering::Greater => true,
+            std::cmp::Ordering::Less => now == Standing::Met && held(),
+            std::cmp::Ordering::Equal => false,
+        };
+        if news {
+            *said = Said {
+                standing: now,
+                met_since: None,
+            };
+        }
+        news
+    }
+}
+
+/// The tenants that this node leads.
+fn led(node: &Node) -> Vec<(TenantRecord, Arc<Group>)> {
+    let tenants = node.tenants.all().into_iter();
+    let open = tenants.filter_map(|tenant| Some((tenant.record(), tenant.group().ok()?)));
+    open.filter(|(_, group)| group.is_leader()).collect()
+}
+
+/// Watches the RPO of the tenants that this node leads.
+pub async fn keep_rpo(node: Arc<Node>) {
+    let mut watched = Watched::default();
     loop {
         tokio::time::sleep(LOOK).await;
-        looks = looks.wrapping_add(1);
-        for tenant in node.tenants.all() {
-            let record = tenant.record();
-            let Ok(group) = tenant.group() else { continue };
-            if !group.is_leader() {
-                known.retain(|(id, _), _| *id != record.id);
+        let led = led(&node);
+        let leads = |id: &TenantId| led.iter().any(|(record, _)| record.id == *id);
+        watched.0.retain(|id, _| leads(id));
+        for (record, group) in led {
+            let is = group.unarchived_for().as_millis() as u64;
+            let now = match Standing::of(is, record.rpo_ms) {
+                // An RPO of a second is near now and then: only that it is missed is said.
+                Standing::Near if record.rpo_ms <= SHORT => Standing::Met,
+                now => now,
+            };
+            if watched.see(record.id, now) {
+                node.objective(&record, RPO, is, record.rpo_ms, now);
+            }
+        }
+    }
+}
+
+/// Watches what a restore of the tenants that this node leads would take, and has a checkpoint made
+/// before that is too much.
+pub async fn keep_rto(node: Arc<Node>) {
+    let mut watched = Watched::default();
+    loop {
+        tokio::time::sleep(ESTIMATE).await;
+        let led = led(&node);
+        let leads = |id: &TenantId| led.iter().any(|(record, _)| record.id == *id);
+        watched.0.retain(|id, _| leads(id));
+        for (record, group) in led {
+            let estimated = tokio::time::timeout(ANSWERS_WITHIN, node.estimate(&record)).await;
+            // The bucket is away: the RPO says so.
+            let Ok(Ok(estimate)) = estimated else {
                 continue;
+            };
+            let most = record.rto_ms as f64 * CHECKPOINT_AT;
+            if estimate.rto_ms as f64 > most && estimate.replay_ms * 2 > estimate.rto_ms {
+                tracing::info!(tenant = %record.id, rto_ms = estimate.rto_ms, "a checkpoint is made: a restore would take too much of its RTO");
+                group.want_checkpoint();
             }
-            let rpo_ms = group.unarchived_for().as_millis() as u64;
-            let mut seen = vec![(RPO, rpo_ms, record.rpo_ms)];
-            if looks.is_multiple_of(LOOKS)
-                && let Ok(estimate) = node.estimate(&record).await
-            {
-                let most = record.rto_ms as f64 * CHECKPOINT_AT;
-                if estimate.rto_ms as f64 > most && estimate.replay_ms * 2 > estimate.rto_ms {
-                    tracing::info!(tenant = %record.id, rto_ms = estimate.rto_ms, "a checkpoint is made: a restore would take too much of its RTO");
-                    group.want_checkpoint();
-                }
-                seen.push((RTO, estimate.rto_ms, record.rto_ms));
-            }
-            for (what, is, contracted) in seen {
-                let now = Standing::of(is, contracted);
-                let before = known.insert((record.id, what), now);
-                let before = before.unwrap_or(Standing::Met);
-                // An RPO of a second is near now and then: only missing it is said.
-                let said = now != before && (contracted > 2_000 || now != Standing::Near);
-                let silent = before == Standing::Near && contracted <= 2_000;
-                if said && !(silent && now == Standing::Met) {
-                    node.objective(&record, what, is, contracted, now);
-                }
+            let now = Standing::of(estimate.rto_ms, record.rto_ms);
+            if watched.see(record.id, now) {
+                node.objective(&record, RTO, estimate.rto_ms, record.rto_ms, now);
             }
         }
     }
@@ -211,20 +264,34 @@ mod tests {
             replayed_in_ms: 1_000,
             evidence: String::new(),
         };
-        let found = Survey {
-            links: vec![(1, 30 << 20, 0)],
-            ..Survey::default()
+        let found = Load {
+            checkpoint_bytes: 0,
+            log_bytes: 30 << 20,
         };
         // 20 MiB more of log, at 10 MiB a second.
-        let estimated = estimate(&found, Some(&drill));
+        let estimated = estimate(found, Some(&drill));
         assert_eq!((estimated.log_bytes, estimated.rto_ms), (30 << 20, 5_000));
         // Nothing measured: the careful rates.
-        assert_eq!(estimate(&found, None).rto_ms, 1_000 + 1_500);
+        assert_eq!(estimate(found, None).rto_ms, 1_000 + 1_500);
         let failed = DrillRecord {
             problem: "damaged".into(),
             ..drill
         };
-        assert_eq!(estimate(&found, Some(&failed)).rto_ms, 2_500);
+        assert_eq!(estimate(found, Some(&failed)).rto_ms, 2_500);
+    }
+
+    #[test]
+    fn what_is_worse_is_said_at_once_and_what_is_met_once_it_holds() {
+        let mut watched = Watched::default();
+        let id = TenantId([1; 16]);
+        assert!(!watched.see(id, Standing::Met));
+        assert!(watched.see(id, Standing::Near));
+        assert!(watched.see(id, Standing::Breached));
+        assert!(!watched.see(id, Standing::Near));
+        assert!(!watched.see(id, Standing::Met), "not before it holds");
+        watched.0.get_mut(&id).unwrap().met_since = Instant::now().checked_sub(HELD);
+        assert!(watched.see(id, Standing::Met));
+        assert!(!watched.see(id, Standing::Met));
     }
 
     #[test]

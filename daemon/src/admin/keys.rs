@@ -105,6 +105,12 @@ impl AdminService {
     }
 
     fn idle(record: &TenantRecord) -> Result<(), Status> {
+        if let Some(why) = &record.restoring {
+            return Err(Status::failed_precondition(format!(
+                "tenant {}: {why}: wait until that is done",
+                record.name
+            )));
+        }
         match &record.key_task {
             None => Ok(()),
             // It gives way as long as nothing is destroyed.

@@ -25,13 +25,14 @@ use replication::engine::{Budget, Ciphering};
 use replication::group::Group;
 use replication::mvcc::digest::Digests;
 use replication::proto::etcdserverpb::RangeRequest;
-use replication::restore::{self, Plan, Progress, Rebuilt, plan};
+use replication::restore::{self, Plan, Progress, Rebuilt, RestoreError, plan};
 
 use crate::directory::records::{DrillRecord, EventKind, TenantRecord};
 use crate::limits;
 use crate::node::Node;
 use crate::signed::{self, Kind, Signed};
 use crate::tenant::key::now_ms;
+use crate::tenant::rewriting::room;
 use crate::tenant::{self, DRILL};
 
 pub use evidence::{Evidence, Phase, Sample};
@@ -43,6 +44,7 @@ pub type Told = Arc<dyn Fn(&str, u64, u64) + Send + Sync>;
 
 /// Niceness of the thread that restores.
 const NICE: i32 = 15;
+const LOOK: Duration = Duration::from_millis(100);
 
 fn text(e: impl std::fmt::Display) -> String {
     e.to_string()
@@ -66,9 +68,24 @@ pub async fn run(node: &Arc<Node>, record: &TenantRecord, told: Told) -> Result<
     if let Some(why) = group.sealed() {
         return Err(format!("the tenant is sealed here: {why}"));
     }
+    if let Some(task) = &record.key_task {
+        return Err(format!("{task} is under way: try again once it is done"));
+    }
     let mut evidence = Evidence::new(node, record, group.status().rpo_ms);
     let began = Instant::now();
     let tried = restored(node, record, &group, &mut evidence, told).await;
+    // That is no failure of the archive.
+    let now = node.tenants.find(record.id).map(|tenant| tenant.record());
+    let stands = |now: &TenantRecord| {
+        (now.incarnation, &now.key, now.needed(), &now.key_task)
+            == (record.incarnation, &record.key, record.needed(), &None)
+            && now.withheld().is_none()
+    };
+    if let Err(why) = &tried
+        && (group.sealed().is_some() || !now.as_ref().is_some_and(stands))
+    {
+        return Err(format!("the tenant was sealed or changed meanwhile: {why}"));
+    }
     evidence.end(tried, began.elapsed());
     let signed = signed::sign(&node.config.tls, Kind::Drill, &evidence)?;
     keep_evidence(node, record, &evidence, &signed).await?;
@@ -150,7 +167,12 @@ impl Place {
             .map_err(text)?;
         let rebuilt = runtime.block_on(async {
             let chain = Chain::new(self.bucket.clone(), archive_key, id);
-            let plan = plan::newest(&chain, 0).await.map_err(text)?;
+            let plan = tokio::select! {
+                plan = plan::newest(&chain, 0) => plan.map_err(text)?,
+                () = self.stopped() => return Err(RestoreError::Stopped.to_string()),
+            };
+            let data_dir = self.dir.ancestors().nth(2).unwrap_or(&self.dir);
+            room(data_dir, plan.checkpoint_bytes() + 2 * plan.log_bytes())?;
             evidence.planned(&plan);
             evidence.phase("planned");
             let rebuilt = self.rebuild(&chain, &plan, evidence).await?;
@@ -165,6 +187,12 @@ impl Place {
         drop(rebuilt);
         runtime.shutdown_timeout(Duration::from_secs(1));
         compared
+    }
+
+    async fn stopped(&self) {
+        while !self.stop.load(Ordering::Relaxed) {
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     async fn rebuild(
@@ -232,7 +260,12 @@ impl Place {
                 "the live replica's digest at entry {index} is another one"
             ));
         }
-        let sampled = rebuilt.store().sample(limits::DRILL_SAMPLE).map_err(text)?;
+        let go_on = || !self.stop.load(Ordering::Relaxed);
+        let sampled = rebuilt.store().sample(limits::DRILL_SAMPLE, go_on);
+        let sampled = sampled.map_err(text)?;
+        if !go_on() {
+            return Err(RestoreError::Stopped.to_string());
+        }
         for (key, record) in sampled {
             evidence.sample.keys += 1;
             let request = RangeRequest {

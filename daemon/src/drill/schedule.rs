@@ -60,6 +60,7 @@ pub async fn keep(node: Arc<Node>) {
                 .get(&record.id)
                 .is_some_and(|at| tokio::time::Instant::now() < *at);
             if record.withheld().is_some()
+                || record.key_task.is_some()
                 || !record.formed
                 || held_up
                 || !is_due(&record, last.map(|d| d.record.at_ms), now_ms())

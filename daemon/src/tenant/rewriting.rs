@@ -129,7 +129,7 @@ pub async fn keep(node: Arc<Node>) {
 }
 
 /// What is free in the file system of `path` must be more than `needed` bytes.
-fn room(path: &Path, needed: u64) -> Result<(), String> {
+pub fn room(path: &Path, needed: u64) -> Result<(), String> {
     let found = rustix::fs::statvfs(path).map_err(text)?;
     let free = found.f_bavail * found.f_frsize;
     let needed = needed + needed / 8 + SPARE;

@@ -64,7 +64,8 @@ pub async fn keep(node: Arc<Node>) {
 async fn schedule(node: &Node, tenant: &Tenant) {
     let mut record = tenant.record();
     let due = record.rotated_ms + u64::from(record.rotate_days) * DAY_MS;
-    if record.rotate_days == 0 || record.key_task.is_some() || now_ms() < due {
+    let busy = record.key_task.is_some() || record.restoring.is_some();
+    if record.rotate_days == 0 || busy || now_ms() < due {
         return;
     }
     record.key_task = Some(KeyTask::Rotate {

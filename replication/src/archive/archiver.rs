@@ -11,11 +11,13 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use openraft::async_runtime::WatchReceiver;
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 
 use super::chain::{Chain, ChainError, Created, Tail};
 use super::checkpoint::{self, Manifest};
 use super::link::{Header, LinkState};
+use crate::Position;
 use crate::group::{Checkpoint, Group};
 use crate::machine::Standing;
 
@@ -121,9 +123,14 @@ impl Archiver {
             vec![(tail.number, tail.last_index(), tail.hash.clone())];
         let mut shipped = 0u64;
         let (mut since_checkpoint, mut links, mut uploaded) = (0u64, 0u64, 0u64);
+        // Beside the links: however long a checkpoint takes, writes are archived.
+        let mut uploads = JoinSet::new();
         let mut applied = group.store().watch();
         // A leader of another term looks anew.
         while group.is_leader() && !group.is_fenced() && self.term(group) == term {
+            while let Some(uploaded) = uploads.try_join_next() {
+                self.uploaded(group, uploaded)?;
+            }
             if group.shared().wanted.swap(false, Ordering::Relaxed) {
                 group.make_checkpoint().await;
                 // Not one of before.
@@ -136,7 +143,7 @@ impl Archiver {
                 if idle.is_err() {
                     self.look(group, &mut tail).await?;
                     if links >= CHECKPOINT_LINKS
-                        && self.checkpoint(group, &known, &mut uploaded).await?
+                        && self.checkpoint(group, &known, &mut uploaded, &mut uploads)
                     {
                         (since_checkpoint, links) = (0, 0);
                     }
@@ -155,7 +162,7 @@ impl Archiver {
                 known.remove(0);
             }
             if since_checkpoint >= CHECKPOINT_BYTES || links >= CHECKPOINT_LINKS {
-                match self.checkpoint(group, &known, &mut uploaded).await? {
+                match self.checkpoint(group, &known, &mut uploaded, &mut uploads) {
                     true => (since_checkpoint, links) = (0, 0),
                     // It is uploaded after a later link.
                     false if links % CHECKPOINT_LINKS == 0 => group.make_checkpoint().await,
@@ -342,35 +349,54 @@ impl Archiver {
         }
     }
 
-    /// Uploads this node's newest checkpoint, if links cover it; answers whether it did.
-    async fn checkpoint(
+    /// What came of an upload.
+    fn uploaded(
+        &self,
+        group: &Group,
+        done: Result<Result<Position, ChainError>, JoinError>,
+    ) -> Result<(), ChainError> {
+        let done = done.map_err(|e| local("the checkpoint", std::io::Error::other(e)))?;
+        tracing::info!(group = %group.id(), at = %done?, "a checkpoint is in the bucket");
+        Ok(())
+    }
+
+    /// Begins to upload this node's newest checkpoint, if links cover it; answers whether it did.
+    fn checkpoint(
         &self,
         group: &Group,
         known: &[(u64, u64, String)],
         uploaded: &mut u64,
-    ) -> Result<bool, ChainError> {
+        uploads: &mut JoinSet<Result<Position, ChainError>>,
+    ) -> bool {
+        if !uploads.is_empty() {
+            return false;
+        }
         let found = group.checkpoint().inspect_err(|e| {
             // It may just have been replaced by a newer one, which is uploaded after the next link.
             tracing::warn!(group = %group.id(), error = %e, "the checkpoint cannot be opened; it is tried again");
         });
         let Ok(Some(Checkpoint { state, files })) = found else {
-            return Ok(false);
+            return false;
         };
         let Some(position) = state.applied.filter(|at| at.index > *uploaded) else {
-            return Ok(false);
+            return false;
         };
         let Some((link, _, hash)) = known
             .iter()
             .rev()
             .find(|(_, last, _)| *last <= position.index)
         else {
-            return Ok(false);
+            return false;
         };
         let behind = (*link, hash.clone());
         let manifest = Manifest::new(self.chain.group(), &state, position, behind);
-        checkpoint::upload(&self.chain, files, manifest).await?;
+        let chain = self.chain.clone();
+        uploads.spawn(async move {
+            checkpoint::upload(&chain, files, manifest)
+                .await
+                .map(|_| position)
+        });
         *uploaded = position.index;
-        tracing::info!(group = %group.id(), at = %position, "a checkpoint is in the bucket");
-        Ok(true)
+        true
     }
 }

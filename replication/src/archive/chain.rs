@@ -113,6 +113,12 @@ impl Chain {
 
     /// Numbers of the links above `after`, in order.
     pub async fn numbers(&self, after: u64) -> Result<Vec<u64>, ChainError> {
+        let sizes = self.sizes(after).await?;
+        Ok(sizes.into_iter().map(|(number, _)| number).collect())
+    }
+
+    /// Numbers and sizes in bytes of the links above `after`, in order.
+    pub async fn sizes(&self, after: u64) -> Result<Vec<(u64, u64)>, ChainError> {
         let dir = chain_dir(self.group);
         let offset = link_path(self.group, after);
         let found: Vec<_> = self
@@ -124,10 +130,13 @@ impl Chain {
                 object: dir.to_string(),
                 cause,
             })?;
-        let number = |meta: &object_store::ObjectMeta| meta.location.filename()?.parse().ok();
-        let mut numbers: Vec<u64> = found.iter().filter_map(number).collect();
-        numbers.sort_unstable();
-        Ok(numbers)
+        let size = |meta: &object_store::ObjectMeta| {
+            let number = meta.location.filename()?.parse().ok()?;
+            Some((number, meta.size))
+        };
+        let mut sizes: Vec<(u64, u64)> = found.iter().filter_map(size).collect();
+        sizes.sort_unstable();
+        Ok(sizes)
     }
 
     /// An object of the chain, as it is.

@@ -42,17 +42,49 @@ fn ms(meta: &ObjectMeta) -> u64 {
         .unwrap_or(0)
 }
 
+/// What a restore to the newest state reads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    pub checkpoint_bytes: u64,
+    pub log_bytes: u64,
+}
+
+/// What a restore of a chain's newest state would read; also of the incarnations that it begins in.
+pub async fn load(chain: &Chain) -> Result<Load, ChainError> {
+    let mut load = Load::default();
+    let mut chain = chain.clone();
+    loop {
+        let (bucket, group) = (chain.bucket(), chain.group());
+        let newest = checkpoint::list(bucket, group).await?.into_iter().next();
+        let manifest = match &newest {
+            Some(object) => Some(checkpoint::read(&chain, object).await?),
+            None => None,
+        };
+        let from = manifest.as_ref().map_or(0, |manifest| manifest.link);
+        let links = chain.sizes(from).await?;
+        load.log_bytes += links.iter().map(|(_, bytes)| bytes).sum::<u64>();
+        if let Some(manifest) = manifest {
+            load.checkpoint_bytes = manifest.files.iter().map(|file| file.length).sum();
+            return Ok(load);
+        }
+        let base = match links.first() {
+            Some((1, _)) => chain.read(1).await?.header.base,
+            _ => None,
+        };
+        let Some(base) = base else {
+            return Ok(load);
+        };
+        let origin = base.origin.map(|origin| origin.incarnation);
+        chain = chain.of(origin.unwrap_or(base.incarnation));
+    }
+}
+
 impl Survey {
     /// Bytes of the links that a restore to the newest state replays.
     pub fn behind(&self) -> u64 {
         let newest = self.checkpoints.last().map_or(0, |kept| kept.manifest.link);
         let behind = self.links.iter().filter(|(number, _, _)| *number > newest);
         behind.map(|(_, bytes, _)| bytes).sum()
-    }
-
-    /// Bytes of the checkpoint that it begins with.
-    pub fn checkpoint_bytes(&self) -> u64 {
-        self.checkpoints.last().map_or(0, Kept::bytes)
     }
 
     /// Whether every moment since its beginning can be restored.

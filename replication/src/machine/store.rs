@@ -197,14 +197,19 @@ impl Store {
         read_user(&*self.engine()?, name)
     }
 
-    /// Up to `count` live keys with their records, each as likely as any other. Reads every row.
-    pub fn sample(&self, count: usize) -> Result<Vec<(Bytes, Record)>, EngineError> {
+    /// Up to `count` live keys with their records, each as likely as any other. Reads every row, as
+    /// long as `go_on` says so.
+    pub fn sample(
+        &self,
+        count: usize,
+        go_on: impl Fn() -> bool,
+    ) -> Result<Vec<(Bytes, Record)>, EngineError> {
         self.view(|view, _| {
             let mut rows = view.engine.db().raw_iterator_cf(view.engine.cf(Cf::Kv));
             let mut sampled = Vec::with_capacity(count);
             let mut seen = 0u64;
             rows.seek_to_first();
-            while let Some((key, row)) = rows.item() {
+            while let Some((key, row)) = rows.item().filter(|_| go_on()) {
                 seen += 1;
                 let draw = u64::from_be_bytes(kms::secret::random_bytes()) % seen;
                 let at = match sampled.len() < count {

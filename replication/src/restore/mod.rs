@@ -144,7 +144,12 @@ pub async fn close(chain: &Chain, mut tail: Tail, restore: &str) -> Result<Closi
     // Of a chain that ends with links without a state, the last one before them says it.
     let mut said = tail.header.clone();
     while let Some(header) = said.take_if(|h| h.state.is_none() && h.number > 1) {
-        said = Some(chain.read(header.number - 1).await?.header);
+        said = match chain.read(header.number - 1).await {
+            Ok(link) => Some(link.header),
+            // The archive begins there.
+            Err(ChainError::Missing(_)) => None,
+            Err(e) => return Err(e.into()),
+        };
     }
     closing.revision = said.and_then(|h| h.state).map_or(0, |s| s.revision);
     loop {

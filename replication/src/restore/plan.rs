@@ -304,26 +304,27 @@ async fn behind(
 /// A plan of the state that an incarnation began with, in one before it.
 async fn beginning(chain: &Chain, base: &Base) -> Result<Plan, RestoreError> {
     let closed = chain.of(base.incarnation);
-    let (plan, closing) = match &base.origin {
-        None => {
-            let plan = Box::pin(newest(&closed, base.link)).await?;
-            let closing = plan.tail().closed().map(|c| c.incarnation);
-            (plan, closing)
-        }
-        Some(origin) => {
-            let until = Until::Entry {
-                index: base.position.index,
-                revision: origin.revision,
-            };
-            let chain = chain.of(origin.incarnation);
-            let last = chain.numbers(0).await?.last().copied().unwrap_or(0);
-            let (manifest, _) = checkpoint_before(&chain, until).await?;
-            let plan = Box::pin(behind(&chain, manifest, last, until)).await?;
-            let header = closed.read(base.link).await?.header;
-            (plan, header.closed.map(|c| c.incarnation))
-        }
+    // Up to there and no further: a late checkpoint of its old leader can stand beyond it.
+    let until = Until::Entry {
+        index: base.position.index,
+        revision: base.origin.as_ref().and_then(|origin| origin.revision),
     };
-    match closing == Some(chain.group().incarnation) {
+    let origin = base.origin.as_ref().map(|origin| origin.incarnation);
+    let from = chain.of(origin.unwrap_or(base.incarnation));
+    let last = from.numbers(0).await?.last().copied().unwrap_or(0);
+    let (manifest, refused) = checkpoint_before(&from, until).await?;
+    let plan = match (
+        Box::pin(behind(&from, manifest, last, until)).await,
+        refused,
+    ) {
+        // What is missing was before a checkpoint that cannot be used.
+        (Err(RestoreError::Chain(ChainError::Missing(_))), Some(refused)) => {
+            return Err(refused.into());
+        }
+        (planned, _) => planned?,
+    };
+    let closing = closed.read(base.link).await?.header.closed;
+    match closing.map(|c| c.incarnation) == Some(chain.group().incarnation) {
         true => Ok(plan),
         false => Err(RestoreError::Object {
             object: link_path(closed.group(), base.link).to_string(),

@@ -23,6 +23,8 @@ pub struct Rebuilt {
     pub state: State,
     /// The revision within the last entry at which it ends, if not at that entry's end.
     pub cut: Option<i64>,
+    /// Something behind it was met.
+    pub ended: bool,
 }
 
 /// Replays `plan` on the engine in `dir/engine`, and verifies it.
@@ -39,7 +41,7 @@ pub fn run(
         let store = Arc::new(Store::open(engine)?);
         check_manifest(plan, &store.state())?;
         let mut done = 0;
-        let is_cut = replay(plan, &store, &keys, &report, &mut done, plan.total_links())?;
+        let (is_cut, ended) = replay(plan, &store, &keys, &report, &mut done, plan.total_links())?;
         verify(plan, &store, &keys, is_cut, &report)?;
         report(Progress::Verified);
         let state = store.state();
@@ -47,6 +49,7 @@ pub fn run(
             store,
             dir: dir.to_path_buf(),
             cut: is_cut.then_some(state.revision),
+            ended,
             state,
         })
     })
@@ -96,7 +99,7 @@ fn at(position: Option<Position>) -> String {
     position.map_or_else(|| "the beginning".into(), |at| at.to_string())
 }
 
-/// Answers whether it ends within an entry.
+/// Answers whether it ends within an entry, and whether something behind the end was met.
 fn replay(
     plan: &Plan,
     store: &Arc<Store>,
@@ -104,13 +107,21 @@ fn replay(
     report: &Report,
     done: &mut u64,
     total: u64,
-) -> Result<bool, RestoreError> {
+) -> Result<(bool, bool), RestoreError> {
     if let (Some(before), Some(base)) = (&plan.before, &plan.base) {
         replay(before, store, keys, report, done, total)?;
+        let found = store.state().applied;
+        if found != Some(base.position) {
+            return Err(RestoreError::Position {
+                object: link_path(plan.group, 1).to_string(),
+                found: at(found),
+                wanted: base.position.to_string(),
+            });
+        }
         jump(store, base)?;
     }
     let machine = Machine::new(store.clone(), keys.clone(), plan.group);
-    let mut is_cut = false;
+    let (mut is_cut, mut ended) = (false, false);
     for link in &plan.links {
         let applied = apply(plan, link, &machine, store)?;
         *done += 1;
@@ -118,8 +129,8 @@ fn replay(
         if !report(Progress::Replayed { links, total }) {
             return Err(RestoreError::Stopped);
         }
-        is_cut = applied.is_cut;
-        if applied.ended {
+        (is_cut, ended) = (applied.is_cut, applied.ended);
+        if ended {
             break;
         }
     }
@@ -138,7 +149,7 @@ fn replay(
                 wanted: format!("index {index}"),
             })
         }
-        _ => Ok(is_cut),
+        _ => Ok((is_cut, ended)),
     }
 }
 

@@ -12,13 +12,13 @@
 mod region;
 mod tenant;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kms::{Secret, TenantKeys};
 use replication::GroupId;
-use replication::archive::chain::{Chain, Tail};
+use replication::archive::chain::Chain;
 use replication::group::{Group, SnapshotDir};
 use replication::mvcc::digest::Digests;
 use replication::restore::{self, Plan, Point, Progress, Rebuilt, RestoreError, Restored, plan};
@@ -33,6 +33,7 @@ use crate::node::{Node, NodeState};
 use crate::proto::admin::RestoreEvent;
 use crate::tenant::RESTORE;
 use crate::tenant::key::now_ms;
+use crate::tenant::rewriting::room;
 
 /// What is asked for.
 pub enum Asked {
@@ -57,7 +58,11 @@ pub fn start(node: Arc<Node>, asked: Asked) -> Result<BoxStream<RestoreEvent>, S
     }
     let (events, stream) = mpsc::channel(256);
     tokio::spawn(async move {
-        let Ok(_one) = node.restoring.try_acquire() else {
+        let one = match &asked {
+            Asked::Region { .. } => &node.restoring,
+            Asked::Tenant { .. } => &node.going_back,
+        };
+        let Ok(_one) = one.try_acquire() else {
             let busy = Status::already_exists("a restore is under way on this node");
             let _ = events.send(Err(busy)).await;
             return;
@@ -106,6 +111,17 @@ struct Wanted<'a> {
     majority: usize,
     rpo: Duration,
     point: Point,
+    /// All that was acknowledged is in the archive.
+    settled: bool,
+}
+
+/// Where a restore is made; it goes with this.
+struct Scratch(PathBuf);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }
 
 struct Done {
@@ -167,7 +183,7 @@ impl Run {
         first: GroupId,
         archive_key: &Secret,
         known: u64,
-    ) -> Result<(Chain, Tail), RestoreError> {
+    ) -> Result<Chain, RestoreError> {
         let mut chain = Chain::new(self.node.parts.bucket.clone(), archive_key.clone(), first);
         let mut tail = chain.tail().await?;
         if tail.number > 0 && tail.number < known {
@@ -185,7 +201,7 @@ impl Run {
             }
             (chain, tail) = (next, after);
         }
-        Ok((chain, tail))
+        Ok(chain)
     }
 
     /// Plan, close, fetch, replay, verify, found; to an earlier moment: plan, fetch, replay, verify,
@@ -197,24 +213,31 @@ impl Run {
     ) -> Result<Done, String> {
         let text = |e: RestoreError| e.to_string();
         let current = self.current(wanted.first, wanted.archive_key, wanted.known);
-        let (chain, tail) = current.await.map_err(text)?;
+        let chain = current.await.map_err(text)?;
         let mut plan = plan::at(&chain, 0, wanted.point).await.map_err(text)?;
         let links = format!("{} links", plan.total_links());
         self.event(wanted.name, "planned", links).await;
-        let dir = self.node.parts.data_dir.join(RESTORE);
-        let dir = dir.join(format!("{}-{}", chain.group(), self.id));
+        let data_dir = &self.node.parts.data_dir;
+        room(data_dir, plan.checkpoint_bytes() + 2 * plan.log_bytes())?;
+        let dir = data_dir.join(RESTORE);
+        let dir = Scratch(dir.join(format!("{}-{}", chain.group(), self.id)));
         let (rebuilt, closing) = if plan.is_newest() {
             let closing = restore::close(&chain, plan.tail(), &self.id).await;
             let mut closing = closing.map_err(text)?;
             plan.links.append(&mut closing.added);
-            (self.rebuild(&chain, &plan, &dir, wanted).await?, closing)
+            (self.rebuild(&chain, &plan, &dir.0, wanted).await?, closing)
         } else {
-            let rebuilt = self.rebuild(&chain, &plan, &dir, wanted).await?;
+            let rebuilt = self.rebuild(&chain, &plan, &dir.0, wanted).await?;
             if rebuilt.state.digests == Digests::default() {
                 return Err("nothing was written yet at that moment".into());
             }
+            if !wanted.settled && matches!(wanted.point, Point::Time(_)) && !rebuilt.ended {
+                return Err("the archive ends before that moment, and this node cannot say whether more was acknowledged: ask another node, or name an earlier moment".into());
+            }
             withhold.await?;
             failpoint("restore-withheld");
+            // What was added while the earlier state was rebuilt.
+            let tail = chain.tail().await.map_err(|e| e.to_string())?;
             let closing = restore::close(&chain, tail, &self.id).await;
             (rebuilt, closing.map_err(text)?)
         };
@@ -227,7 +250,6 @@ impl Run {
         opened.map_err(text)?;
         failpoint("restore-opened");
         let group = self.found(&restored, wanted).await?;
-        let _ = tokio::fs::remove_dir_all(&dir).await;
         Ok(Done {
             group,
             restored,
@@ -244,11 +266,15 @@ impl Run {
         wanted: &Wanted<'_>,
     ) -> Result<Rebuilt, String> {
         let (events, tenant) = (self.events.clone(), wanted.name.to_string());
+        // One whose key is taken away meanwhile is not held in memory any longer.
+        let served = self.node.parts.groups.get(chain.group());
+        let served = served.filter(|group| group.sealed().is_none());
+        let goes_on = move || served.as_ref().is_none_or(|group| group.sealed().is_none());
         let report = Arc::new(move |progress: Progress| {
             let (phase, done, total) = match progress {
                 Progress::Fetched { bytes, total } => ("fetched", bytes, total),
                 Progress::Replayed { links, total } => ("replayed", links, total),
-                Progress::Counting => return true,
+                Progress::Counting => return goes_on(),
                 Progress::Verified => ("verified", 1, 1),
             };
             let event = RestoreEvent {
@@ -260,13 +286,10 @@ impl Run {
             };
             // A slow terminal does not slow the restore.
             let _ = events.try_send(Ok(event));
-            true
+            goes_on()
         });
         let budget = self.node.parts.budget.clone();
         let rebuilt = restore::rebuild(chain, plan, wanted.keys.clone(), budget, dir, report).await;
-        if rebuilt.is_err() {
-            let _ = tokio::fs::remove_dir_all(dir).await;
-        }
         rebuilt.map_err(|e| e.to_string())
     }
 
@@ -289,8 +312,27 @@ impl Run {
             state: restored.state.clone(),
         };
         let own = self.node.config.peer_address.to_string();
-        let founded = opened.found_from(snapshot, &own).await;
-        founded.map_err(|e| e.to_string())?;
+        if let Err(e) = opened.found_from(snapshot, &own).await {
+            self.drop_group(&opened).await;
+            return Err(e.to_string());
+        }
         Ok(opened)
+    }
+
+    /// Lets go of a group that was restored and is not recorded, unless it is after all: nobody would
+    /// look after its keys.
+    async fn give_up(&self, directory: &Directory, record: &TenantRecord, group: &Group) {
+        let tenants = directory.tenants().unwrap_or_default();
+        let known = tenants.iter().find(|t| t.record.id == record.id);
+        // It was not heard that it was, or another restore was faster.
+        if known.is_none_or(|t| t.record.incarnation < record.incarnation) {
+            self.drop_group(group).await;
+        }
+    }
+
+    async fn drop_group(&self, group: &Group) {
+        group.seal("it was not restored here").await;
+        self.node.parts.groups.remove(group.id());
+        group.shutdown().await;
     }
 }

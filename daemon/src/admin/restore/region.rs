@@ -41,6 +41,9 @@ impl Run {
         lost_at_ms: u64,
         point: Point,
     ) -> Result<(), String> {
+        if matches!(point, Point::Time(ms) if ms > self.asked_ms) {
+            return Err("that moment has not come yet".into());
+        }
         let aim = Aim {
             lost_at_ms: match lost_at_ms {
                 0 => self.asked_ms,
@@ -104,6 +107,7 @@ impl Run {
             majority: 1,
             rpo: Duration::ZERO,
             point: Point::Newest,
+            settled: true,
         };
         let done = self.restore_group(&wanted, async { Ok(()) }).await?;
         node.save_region(done.group.id(), false)?;
@@ -200,6 +204,8 @@ impl Run {
                 majority: record.placement.len() / 2 + 1,
                 rpo: Duration::from_millis(record.rpo_ms),
                 point: aim.point,
+                // Nothing of it is left but the archive.
+                settled: true,
             };
             let done = self.restore_group(&wanted, async { Ok(()) }).await?;
             let group = &done.group;
@@ -207,16 +213,7 @@ impl Run {
             record.restoring = None;
             record.formed = true;
             if let Err(why) = self.record(directory, &record, found.modified).await {
-                let tenants = directory.tenants().unwrap_or_default();
-                let known = tenants.iter().find(|t| t.record.id == record.id);
-                if known.is_some_and(|t| t.record.incarnation >= record.incarnation) {
-                    // It was not heard that it was, or another restore was faster.
-                    return Err(why);
-                }
-                // Nobody would look after its keys.
-                group.seal("it was not restored here").await;
-                self.node.parts.groups.remove(group.id());
-                group.shutdown().await;
+                self.give_up(directory, &record, group).await;
                 return Err(why);
             }
             Ok::<_, String>(done)

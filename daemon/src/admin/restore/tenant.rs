@@ -8,6 +8,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use kms::Secret;
+use replication::archive::chain::Chain;
 use replication::clock::utc;
 use replication::restore::Point;
 
@@ -30,14 +32,15 @@ impl Run {
         let directory = self.node.directory().ok_or("there is no directory yet")?;
         directory.group().read_barrier().await.map_err(text)?;
         let found = find(&directory, name)?;
-        let mut record = found.record;
+        let record = found.record;
         if let Some(why) = refusal(&record, &self.node.config.name) {
             return Err(why);
         }
         if matches!(point, Point::Time(ms) if ms > self.asked_ms) {
             return Err("that moment has not come yet".into());
         }
-        self.settle(&record).await?;
+        // One that was withheld by a restore which died was waited for then.
+        let settled = self.settle(&record).await? || record.restoring.is_some();
         let links = directory.links().map_err(text)?;
         let mut links = links.into_iter().map(|found| found.record);
         let link = links.find(|l| l.tenant == record.id && l.incarnation == record.incarnation);
@@ -53,42 +56,48 @@ impl Run {
             majority: record.placement.len() / 2 + 1,
             rpo: Duration::from_millis(record.rpo_ms),
             point,
+            settled,
         };
         let why = match point {
             Point::Newest => "its newest archived state".to_string(),
             Point::Time(ms) => utc(ms),
             Point::Revision(revision) => format!("revision {revision}"),
         };
+        let why = format!("it is being restored to {why} (restore {})", self.id);
+        // Only the tenant that this was planned for: not one whose keys or archive are others since.
         let withhold = async {
-            self.withhold(name, Some(format!("it is being restored to {why}")))
-                .await
+            let changed =
+                rotation::change(&self.node, &record, |r| r.restoring = Some(why.clone()));
+            let changed = changed.await.map(drop);
+            changed.map_err(|e| format!("its record was changed meanwhile ({e}); try again"))
         };
         let done = match self.restore_group(&wanted, withhold).await {
             Ok(done) => done,
             Err(failed) => {
                 // The chain may be closed by now: it is served again only if it is not.
-                if let Err(e) = self.release(name, &wanted).await {
-                    return Err(format!(
-                        "{failed}; and it is not served until it is restored: {e}"
-                    ));
-                }
-                return Err(failed);
+                return Err(match self.release(name, &why, &archive_key).await {
+                    Ok(()) => failed,
+                    Err(e) => format!("{failed}; and it is not served until it is restored: {e}"),
+                });
             }
         };
-        record.incarnation = done.group.id().incarnation;
         let found = find(&directory, name)?;
+        let incarnation = done.group.id().incarnation;
         let current = TenantRecord {
-            incarnation: record.incarnation,
+            incarnation,
             restoring: None,
             ..found.record
         };
-        self.record(&directory, &current, found.modified).await?;
+        if let Err(why) = self.record(&directory, &current, found.modified).await {
+            self.give_up(&directory, &current, &done.group).await;
+            return Err(why);
+        }
         let (revision, time_ms) = done.came_to;
         let said = format!(
             "it is as it was at revision {revision}, effective time {}; it goes on at revision {}, as incarnation {}",
             utc(time_ms),
             done.restored.state.revision,
-            record.incarnation
+            incarnation
         );
         tracing::info!(tenant = %record.id, "{said}");
         self.node.event(&record, EventKind::Restored, said.clone());
@@ -102,15 +111,15 @@ impl Run {
         Ok(())
     }
 
-    /// Waits until everything that was acknowledged so far is archived, as far as the tenant lives.
-    async fn settle(&self, record: &TenantRecord) -> Result<(), String> {
+    /// Waits until everything that was acknowledged so far is archived; answers whether that is known.
+    async fn settle(&self, record: &TenantRecord) -> Result<bool, String> {
         let group = self.node.parts.groups.get(record.group());
         let Some(group) = group.filter(|group| group.sealed().is_none()) else {
-            return Ok(());
+            return Ok(false);
         };
         if group.read_barrier().await.is_err() {
             tracing::warn!(group = %group.id(), "no majority answers: what is archived is all that is known");
-            return Ok(());
+            return Ok(false);
         }
         let applied = group.status().applied;
         let deadline = tokio::time::Instant::now() + ARCHIVED_WITHIN;
@@ -123,27 +132,24 @@ impl Run {
             }
             tokio::time::sleep(LOOK).await;
         }
-        Ok(())
+        Ok(true)
     }
 
-    /// Has every node withhold the tenant, or take it up again.
-    async fn withhold(&self, name: &str, why: Option<String>) -> Result<(), String> {
+    /// Has a tenant that this restore withholds served again, if its chain is still open.
+    async fn release(&self, name: &str, why: &str, archive_key: &Secret) -> Result<(), String> {
         let directory = self.node.directory().ok_or("there is no directory yet")?;
+        directory.group().read_barrier().await.map_err(text)?;
         let known = find(&directory, name)?.record;
-        if known.restoring == why {
+        if known.restoring.as_deref() != Some(why) {
             return Ok(());
         }
-        let changed = rotation::change(&self.node, &known, |r| r.restoring = why);
-        changed.await.map(|_| ()).map_err(text)
-    }
-
-    async fn release(&self, name: &str, wanted: &Wanted<'_>) -> Result<(), String> {
-        let current = self.current(wanted.first, wanted.archive_key, 0).await;
-        let (chain, tail) = current.map_err(text)?;
-        if chain.group() != wanted.first || tail.closed().is_some() {
-            return Err("its chain is closed: give the command again".into());
+        let bucket = self.node.parts.bucket.clone();
+        let chain = Chain::new(bucket, archive_key.clone(), known.group());
+        if chain.tail().await.map_err(text)?.closed().is_some() {
+            return Err("its chain is closed; give the command again".into());
         }
-        self.withhold(name, None).await
+        let changed = rotation::change(&self.node, &known, |r| r.restoring = None);
+        changed.await.map(drop).map_err(text)
     }
 }
 
