@@ -1,9 +1,9 @@
-# demo: the main job. demo-keys: keys taken away and given back. test: everything. bench: beside etcd. bench-keys: what seals, resumptions and rotations cost. check: style and licences.
+# demo: the main job. demo-keys: keys taken away and given back. demo-recovery: a tenant taken back, a drill, a region lost and restored. test: everything. bench: beside etcd. bench-keys: what seals, resumptions and rotations cost. check: style and licences.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/holdfast/target
 CARGO = cargo --locked
 
 # advisories: known vulnerabilities of the libraries.
-.PHONY: demo demo-keys test bench bench-keys check advisories build setup-build setup-test
+.PHONY: demo demo-keys demo-recovery test bench bench-keys check advisories build setup-build setup-test
 
 setup-build:
 	@tools/setup build
@@ -15,6 +15,8 @@ demo: build
 	$(CARGO_TARGET_DIR)/release/demo
 demo-keys: setup-test build
 	$(CARGO_TARGET_DIR)/release/demo_keys
+demo-recovery: setup-test build
+	$(CARGO_TARGET_DIR)/release/demo_recovery
 test: setup-test build
 	# One at a time: each starts a region of processes on a machine of two cores.
 	RUST_TEST_THREADS=1 $(CARGO) test --release --workspace --no-fail-fast

@@ -18,6 +18,7 @@ pub mod logging;
 pub mod node;
 pub mod objectives;
 pub mod pki;
+mod question;
 mod region;
 pub mod residency;
 pub mod server;

@@ -16,7 +16,8 @@ use replication::GroupId;
 use replication::archive::bucket::Bootstrap;
 use serde::{Deserialize, Serialize};
 
-use crate::node::{LOOK, Node, NodeState, Question};
+use crate::node::{LOOK, Node, NodeState};
+use crate::question::Question;
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -26,6 +26,7 @@ pub enum Kind {
     Residency,
     Destruction,
     Drill,
+    Recovery,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -53,6 +54,7 @@ fn message(kind: Kind, body: &str) -> Vec<u8> {
         Kind::Residency => b"residency\0".as_slice(),
         Kind::Destruction => b"destruction\0",
         Kind::Drill => b"drill\0",
+        Kind::Recovery => b"recovery\0",
     };
     [LABEL, kind, body.as_bytes()].concat()
 }

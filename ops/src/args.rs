@@ -71,6 +71,11 @@ pub enum Command {
     },
     /// How each node stands.
     Node,
+    /// The declared loss of a region.
+    Disaster {
+        #[command(subcommand)]
+        command: DisasterCommand,
+    },
     /// Restores from the bucket.
     Restore {
         #[command(subcommand)]
@@ -251,6 +256,30 @@ pub struct Create {
     /// How long the tenant is served while its KMS does not answer: 0s to 24h; 10m if not given.
     #[arg(long)]
     pub key_grace: Option<String>,
+}
+
+#[derive(Subcommand)]
+pub enum DisasterCommand {
+    /// Restores a lost region onto fresh nodes, tenants by deadline, and leaves a signed report of
+    /// contracted against actual RPO and RTO. Given again it goes on with what is left.
+    Declare {
+        /// us, eu, au or jp: that of the nodes.
+        #[arg(long)]
+        region: Region,
+        /// When the region was lost, in seconds since 1970, for the actual RPO; now if not given.
+        #[arg(long)]
+        lost_at: Option<u64>,
+        /// Where the signed report is written.
+        #[arg(long, default_value = "recovery.json")]
+        report: PathBuf,
+    },
+    /// Checks a report offline and prints what it says.
+    Verify {
+        file: PathBuf,
+        /// The region's certificate authority.
+        #[arg(long, default_value = "ca.pem")]
+        ca: PathBuf,
+    },
 }
 
 #[derive(Subcommand)]

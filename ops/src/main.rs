@@ -2,6 +2,7 @@
 
 mod archive;
 mod args;
+mod disaster;
 mod drill;
 mod init;
 mod key;
@@ -37,6 +38,7 @@ async fn main() -> ExitCode {
         Command::Objectives { json } => objectives::run(&arguments.config, json).await,
         Command::Drill { command } => drill::run(&arguments.config, command).await,
         Command::Node => tenant::node(&arguments.config).await,
+        Command::Disaster { command } => disaster::run(&arguments.config, command).await,
         Command::Restore { command } => restore::run(&arguments.config, command).await,
     };
     match ended {

@@ -93,7 +93,7 @@ pub async fn holding(
 }
 
 /// The first node that awaits a restore, or serves a region that was restored in part. It is asked again while nodes are starting.
-async fn awaiting(operator: &OperatorConfig) -> Result<AdminClient<Channel>, String> {
+pub async fn awaiting(operator: &OperatorConfig) -> Result<AdminClient<Channel>, String> {
     let deadline = Instant::now() + READY_WITHIN;
     loop {
         let mut said = Vec::new();
@@ -128,10 +128,16 @@ pub struct Screen {
     refused: Vec<(String, String)>,
     /// What came of a tenant that was taken back.
     pub said: Option<String>,
+    /// The signed report of a region's restore.
+    pub report: Option<String>,
 }
 
 impl Screen {
     fn show(&mut self, event: RestoreEvent) {
+        if event.phase == "report" {
+            self.report = Some(event.message);
+            return;
+        }
         let bar = self.tenants.entry(event.tenant.clone()).or_insert_with(|| {
             let bar = self.bars.add(ProgressBar::new(0));
             let style = ProgressStyle::with_template("{prefix:16} {msg:10} {bar:30} {pos}/{len}");
@@ -164,7 +170,7 @@ impl Screen {
         }
     }
 
-    fn finish(mut self) -> Result<ExitCode, String> {
+    pub fn finish(mut self) -> Result<ExitCode, String> {
         let row = |(name, o): &(String, Outcome)| {
             vec![
                 name.clone(),

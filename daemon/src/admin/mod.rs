@@ -4,7 +4,7 @@ mod deletion;
 mod drills;
 mod keys;
 mod objectives;
-mod restore;
+pub mod restore;
 
 use std::sync::Arc;
 use std::time::Duration;

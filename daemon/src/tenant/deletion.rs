@@ -21,7 +21,8 @@ use serde::{Deserialize, Serialize};
 use super::key::now_ms;
 use crate::directory::records::{DeletedRecord, EventKind, TenantRecord};
 use crate::failpoint::failpoint;
-use crate::node::{Node, Question};
+use crate::node::Node;
+use crate::question::Question;
 use crate::signed::{self, Kind};
 
 const LOOK: Duration = Duration::from_secs(1);

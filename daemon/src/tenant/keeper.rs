@@ -18,7 +18,8 @@ use tokio::time::sleep;
 use super::key::now_ms;
 use super::{Tenant, reason, wrapped};
 use crate::directory::records::{EventKind, TenantRecord};
-use crate::node::{Node, Question};
+use crate::node::Node;
+use crate::question::Question;
 
 /// After a question that was not answered.
 const AGAIN: Duration = Duration::from_secs(5);

@@ -26,7 +26,8 @@ use super::key::KeyReport;
 use super::rotation::{change, stands};
 use crate::directory::records::{EventKind, KeyTask, TenantRecord};
 use crate::failpoint::failpoint;
-use crate::node::{Node, Question};
+use crate::node::Node;
+use crate::question::Question;
 
 const LOOK: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);

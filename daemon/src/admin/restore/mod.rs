@@ -10,7 +10,10 @@
 //! a tenant that cannot go back there goes on as it is.
 
 mod region;
+mod report;
 mod tenant;
+
+pub use report::{Recovered, Report};
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -73,6 +76,7 @@ pub fn start(node: Arc<Node>, asked: Asked) -> Result<BoxStream<RestoreEvent>, S
             id: hex::encode(kms::secret::random_bytes::<8>()),
             node: node.clone(),
             events: events.clone(),
+            recovered: parking_lot::Mutex::default(),
         });
         let done = match asked {
             Asked::Region { lost_at_ms, point } => run.region(lost_at_ms, point).await,
@@ -96,6 +100,7 @@ struct Run {
     id: String,
     node: Arc<Node>,
     events: Events,
+    recovered: parking_lot::Mutex<Vec<Recovered>>,
 }
 
 /// What a group is restored from and to.

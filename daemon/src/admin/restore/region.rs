@@ -16,7 +16,7 @@ use replication::restore::Point;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
-use super::{Run, Wanted};
+use super::{Recovered, Run, Wanted};
 use crate::directory::records::{LinkRecord, TenantRecord};
 use crate::directory::{Directory, Found};
 use crate::limits;
@@ -41,16 +41,22 @@ impl Run {
         lost_at_ms: u64,
         point: Point,
     ) -> Result<(), String> {
-        if matches!(point, Point::Time(ms) if ms > self.asked_ms) {
+        let lost_at_ms = match lost_at_ms {
+            0 => self.asked_ms,
+            given => given,
+        };
+        self.restored(Aim { lost_at_ms, point }).await?;
+        let point_ms = match point {
+            Point::Time(ms) => Some(ms),
+            Point::Newest | Point::Revision(_) => None,
+        };
+        self.report(lost_at_ms, point_ms).await
+    }
+
+    async fn restored(self: &Arc<Self>, aim: Aim) -> Result<(), String> {
+        if matches!(aim.point, Point::Time(ms) if ms > self.asked_ms) {
             return Err("that moment has not come yet".into());
         }
-        let aim = Aim {
-            lost_at_ms: match lost_at_ms {
-                0 => self.asked_ms,
-                given => given,
-            },
-            point,
-        };
         if let Some(directory) = self.node.directory() {
             let barrier = directory.group().read_barrier().await;
             barrier.map_err(|e| e.to_string())?;
@@ -61,7 +67,7 @@ impl Run {
                 match self.is_lost(&directory, &tenant.record).await {
                     Ok(true) => lost.push(tenant),
                     Ok(false) => {}
-                    Err(why) => self.event(&tenant.record.name, "refused", why).await,
+                    Err(why) => self.refused(&tenant.record, why).await,
                 }
             }
             return self.tenants(directory, key, lost, aim).await;
@@ -230,6 +236,13 @@ impl Run {
                     digest_matches: true,
                 };
                 tracing::info!(tenant = %record.id, rto_ms = outcome.actual_rto_ms, "tenant is restored");
+                self.recovered.lock().push(Recovered {
+                    rpo_ms: outcome.actual_rpo_ms,
+                    rto_ms: outcome.actual_rto_ms,
+                    revision: outcome.revision,
+                    digest: done.restored.state.digests.keys.to_string(),
+                    ..Recovered::refused(&record, "")
+                });
                 let event = RestoreEvent {
                     tenant: name,
                     phase: "serving".into(),
@@ -240,8 +253,13 @@ impl Run {
             }
             Err(why) => {
                 tracing::error!(tenant = %record.id, %why, "tenant is not restored");
-                self.event(&name, "refused", why).await;
+                self.refused(&record, why).await;
             }
         }
+    }
+
+    async fn refused(&self, record: &TenantRecord, why: String) {
+        self.recovered.lock().push(Recovered::refused(record, &why));
+        self.event(&record.name, "refused", why).await;
     }
 }
