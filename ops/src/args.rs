@@ -269,9 +269,9 @@ pub enum DisasterCommand {
         /// When the region was lost, in seconds since 1970, for the actual RPO; now if not given.
         #[arg(long)]
         lost_at: Option<u64>,
-        /// Where the signed report is written.
-        #[arg(long, default_value = "recovery.json")]
-        report: PathBuf,
+        /// Where the signed report is written; recovery-TIME.json if not given.
+        #[arg(long)]
+        report: Option<PathBuf>,
     },
     /// Checks a report offline and prints what it says.
     Verify {

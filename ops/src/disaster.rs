@@ -40,14 +40,13 @@ pub async fn run(config: &Path, command: DisasterCommand) -> Result<ExitCode, St
     let Some(json) = report else {
         return Ok(ended);
     };
-    std::fs::write(&file, &json).map_err(|e| format!("{}: {e}", file.display()))?;
     let signed: Signed = serde_json::from_str(&json).map_err(|e| e.to_string())?;
     let report: Report = serde_json::from_str(&signed.body).map_err(|e| e.to_string())?;
+    let file = file.unwrap_or_else(|| format!("recovery-{}.json", report.at_ms).into());
+    std::fs::write(&file, &json).map_err(|e| format!("{}: {e}", file.display()))?;
     let missed: Vec<String> = report.tenants.iter().filter_map(missed).collect();
-    let quiet = report
-        .tenants
-        .iter()
-        .filter(|t| t.rpo_ms > t.rpo_contract_ms);
+    let restored = report.tenants.iter().filter(|t| t.refused.is_empty());
+    let quiet = restored.filter(|t| t.rpo_ms > t.rpo_contract_ms);
     let quiet: Vec<&str> = quiet.map(|t| t.tenant.as_str()).collect();
     println!();
     match missed.is_empty() {
@@ -58,7 +57,9 @@ pub async fn run(config: &Path, command: DisasterCommand) -> Result<ExitCode, St
         }
     }
     match quiet.is_empty() {
-        true => println!("Every RPO is met: the newest restored writes are younger than it."),
+        true => {
+            println!("Of what is restored every RPO is met: the newest write is younger than it.")
+        }
         // Nothing says whether something was written since.
         false => println!(
             "The newest restored write is older than the RPO, so that only its clients can say whether one is missing, of: {}",
@@ -66,7 +67,7 @@ pub async fn run(config: &Path, command: DisasterCommand) -> Result<ExitCode, St
         ),
     }
     println!(
-        "The signed report is {} ('holdfast disaster verify' checks it), and under recoveries/ in the bucket.",
+        "The signed report is {}; 'holdfast disaster verify' checks it.",
         file.display()
     );
     Ok(ended)

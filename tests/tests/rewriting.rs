@@ -145,6 +145,11 @@ async fn everything_is_rewritten_and_the_old_generations_are_destroyed() -> Resu
         let found = client.get(format!("big/{n}"), None).await?;
         ensure!(found.kvs()[0].value() == value);
     }
+    // Again, before the next incarnation has a checkpoint of its own: it begins with the one of before.
+    region.operate(&["drill", "run", "acme"]).await?;
+    let (ok, table) = region.lose_and_restore().await?;
+    ensure!(ok, "{table}");
+    check_all(&region, "acme", &acknowledged).await?;
     // The next incarnation, whose archive begins in the one before: that is let go of as well.
     region
         .operate(&["key", "rotate", "acme", "--rewrite"])

@@ -67,6 +67,9 @@ pub struct Evidence {
     pub rto_ms: u64,
     pub rto_contract_ms: u64,
     pub phases: Vec<Phase>,
+    /// It could not begin.
+    #[serde(skip)]
+    pub not_run: bool,
     #[serde(skip)]
     clock: Clock,
 }
@@ -113,6 +116,7 @@ impl Evidence {
             rto_ms: 0,
             rto_contract_ms: record.rto_ms,
             phases: Vec::new(),
+            not_run: false,
             clock: Clock::default(),
         }
     }

@@ -74,6 +74,9 @@ pub async fn run(node: &Arc<Node>, record: &TenantRecord, told: Told) -> Result<
     let mut evidence = Evidence::new(node, record, group.status().rpo_ms);
     let began = Instant::now();
     let tried = restored(node, record, &group, &mut evidence, told).await;
+    if let (Err(why), true) = (&tried, evidence.not_run) {
+        return Err(why.clone());
+    }
     // That is no failure of the archive.
     let now = node.tenants.find(record.id).map(|tenant| tenant.record());
     let stands = |now: &TenantRecord| {
@@ -172,7 +175,9 @@ impl Place {
                 () = self.stopped() => return Err(RestoreError::Stopped.to_string()),
             };
             let data_dir = self.dir.ancestors().nth(2).unwrap_or(&self.dir);
-            room(data_dir, plan.checkpoint_bytes() + 2 * plan.log_bytes())?;
+            let room = room(data_dir, plan.checkpoint_bytes() + 2 * plan.log_bytes());
+            evidence.not_run = room.is_err();
+            room?;
             evidence.planned(&plan);
             evidence.phase("planned");
             let rebuilt = self.rebuild(&chain, &plan, evidence).await?;

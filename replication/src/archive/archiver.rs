@@ -128,8 +128,10 @@ impl Archiver {
         let mut applied = group.store().watch();
         // A leader of another term looks anew.
         while group.is_leader() && !group.is_fenced() && self.term(group) == term {
-            while let Some(uploaded) = uploads.try_join_next() {
-                self.uploaded(group, uploaded)?;
+            while let Some(done) = uploads.try_join_next() {
+                if !self.uploaded(group, done) {
+                    (uploaded, links) = (0, links.max(CHECKPOINT_LINKS));
+                }
             }
             if group.shared().wanted.swap(false, Ordering::Relaxed) {
                 group.make_checkpoint().await;
@@ -349,15 +351,20 @@ impl Archiver {
         }
     }
 
-    /// What came of an upload.
+    /// Answers whether an upload succeeded.
     fn uploaded(
         &self,
         group: &Group,
         done: Result<Result<Position, ChainError>, JoinError>,
-    ) -> Result<(), ChainError> {
-        let done = done.map_err(|e| local("the checkpoint", std::io::Error::other(e)))?;
-        tracing::info!(group = %group.id(), at = %done?, "a checkpoint is in the bucket");
-        Ok(())
+    ) -> bool {
+        let done = done.unwrap_or_else(|e| Err(local("the checkpoint", std::io::Error::other(e))));
+        match &done {
+            Ok(at) => tracing::info!(group = %group.id(), %at, "a checkpoint is in the bucket"),
+            Err(e) => {
+                tracing::warn!(group = %group.id(), error = %e, "a checkpoint is not in the bucket; it is tried again after the next link");
+            }
+        }
+        done.is_ok()
     }
 
     /// Begins to upload this node's newest checkpoint, if links cover it; answers whether it did.

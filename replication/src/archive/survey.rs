@@ -55,11 +55,18 @@ pub async fn load(chain: &Chain) -> Result<Load, ChainError> {
     let mut chain = chain.clone();
     loop {
         let (bucket, group) = (chain.bucket(), chain.group());
-        let newest = checkpoint::list(bucket, group).await?.into_iter().next();
-        let manifest = match &newest {
-            Some(object) => Some(checkpoint::read(&chain, object).await?),
-            None => None,
-        };
+        let mut manifest = None;
+        for object in checkpoint::list(bucket, group).await? {
+            match checkpoint::read(&chain, &object).await {
+                Ok(read) => {
+                    manifest = Some(read);
+                    break;
+                }
+                // A restore takes the one before it.
+                Err(ChainError::Refused { .. } | ChainError::Missing(_)) => {}
+                Err(e) => return Err(e),
+            }
+        }
         let from = manifest.as_ref().map_or(0, |manifest| manifest.link);
         let links = chain.sizes(from).await?;
         load.log_bytes += links.iter().map(|(_, bytes)| bytes).sum::<u64>();

@@ -203,7 +203,7 @@ pub async fn rebuild(
     let _ = tokio::fs::remove_dir_all(dir).await;
     tokio::fs::create_dir_all(dir).await.map_err(io(dir))?;
     let engine_dir = dir.join("engine");
-    if let Some(manifest) = &plan.manifest {
+    if let Some(manifest) = plan.first_manifest() {
         fetch::checkpoint(chain, manifest, &engine_dir, report.clone()).await?;
     }
     replay::run(plan, keys, budget, dir, report)

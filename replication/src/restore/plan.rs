@@ -57,6 +57,12 @@ impl Plan {
         self.until == Until::End
     }
 
+    /// The checkpoint that everything begins with, also of an incarnation before.
+    pub fn first_manifest(&self) -> Option<&Manifest> {
+        let own = self.manifest.as_ref();
+        own.or_else(|| self.before.as_ref()?.first_manifest())
+    }
+
     /// Bytes of the entries that are replayed.
     pub fn log_bytes(&self) -> u64 {
         let entries = self.links.iter().flat_map(|link| &link.entries);
@@ -66,9 +72,8 @@ impl Plan {
 
     /// Bytes of the checkpoint's files.
     pub fn checkpoint_bytes(&self) -> u64 {
-        let files = self.manifest.iter().flat_map(|m| &m.files);
-        let own: u64 = files.map(|file| file.length).sum();
-        own + self.before.as_ref().map_or(0, |b| b.checkpoint_bytes())
+        let files = self.first_manifest().into_iter().flat_map(|m| &m.files);
+        files.map(|file| file.length).sum()
     }
 
     /// Links of this plan and those before it.

@@ -81,7 +81,7 @@ impl Rebuilt {
 
 /// The files of a checkpoint must stand where its manifest says.
 fn check_manifest(plan: &Plan, state: &State) -> Result<(), RestoreError> {
-    let Some(manifest) = &plan.manifest else {
+    let Some(manifest) = plan.first_manifest() else {
         return Ok(());
     };
     let stands = (state.applied, state.revision, state.digests);

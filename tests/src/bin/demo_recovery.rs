@@ -243,6 +243,8 @@ async fn main() -> Result<()> {
         }
         let newest = record.iter().filter(|w| rows.get(&w.key) == Some(&w.value));
         let newest = newest.filter_map(|w| w.done_ms).max().unwrap_or(0);
+        let oldest = promised.iter().filter_map(|w| w.done_ms).max().unwrap_or(0);
+        ensure!(newest >= oldest, "{}: more than its RPO is gone", name(*n));
         let compared = compare(record, &rows, newest)?;
         println!(
             "    {:<10} {compared} keys as written, up to {} ms before the loss",

@@ -50,7 +50,8 @@ impl Run {
             Point::Time(ms) => Some(ms),
             Point::Newest | Point::Revision(_) => None,
         };
-        self.report(lost_at_ms, point_ms).await
+        self.report(lost_at_ms, point_ms).await;
+        Ok(())
     }
 
     async fn restored(self: &Arc<Self>, aim: Aim) -> Result<(), String> {

@@ -66,11 +66,7 @@ impl Recovered {
 
 impl Run {
     /// Signs what came of the restore, keeps that in the bucket, and sends it.
-    pub(super) async fn report(
-        &self,
-        lost_at_ms: u64,
-        point_ms: Option<u64>,
-    ) -> Result<(), String> {
+    pub(super) async fn report(&self, lost_at_ms: u64, point_ms: Option<u64>) {
         let report = Report {
             region: self.node.config.region,
             node: self.node.config.name.clone(),
@@ -81,10 +77,15 @@ impl Run {
             tenants: std::mem::take(&mut *self.recovered.lock()),
         };
         if report.tenants.is_empty() {
-            return Ok(());
+            return;
         }
-        let signed = signed::sign(&self.node.config.tls, Kind::Recovery, &report)?;
-        let json = serde_json::to_string_pretty(&signed).map_err(|e| e.to_string())?;
+        let signed = signed::sign(&self.node.config.tls, Kind::Recovery, &report);
+        let json = signed.and_then(|s| serde_json::to_string_pretty(&s).map_err(|e| e.to_string()));
+        let json = match json {
+            Ok(json) => json,
+            // Everything is restored nevertheless.
+            Err(why) => return tracing::error!(%why, "the restore is not reported"),
+        };
         let object = Path::from(format!("recoveries/{:015}-{}.json", report.at_ms, self.id));
         let put = PutPayload::from(json.clone().into_bytes());
         let bucket = &self.node.parts.bucket;
@@ -98,6 +99,5 @@ impl Run {
             ..RestoreEvent::default()
         };
         let _ = self.events.send(Ok(event)).await;
-        Ok(())
     }
 }

@@ -75,14 +75,25 @@ impl Run {
             Ok(done) => done,
             Err(failed) => {
                 // The chain may be closed by now: it is served again only if it is not.
-                return Err(match self.release(name, &why, &archive_key).await {
+                return Err(match self.release(&record, &why, &archive_key).await {
                     Ok(()) => failed,
                     Err(e) => format!("{failed}; and it is not served until it is restored: {e}"),
                 });
             }
         };
-        let found = find(&directory, name)?;
         let incarnation = done.group.id().incarnation;
+        let found = match find(&directory, name) {
+            Ok(found) if found.record.incarnation < incarnation => found,
+            Ok(newer) => {
+                self.drop_group(&done.group).await;
+                let newer = newer.record.incarnation;
+                return Err(format!("another restore has recorded incarnation {newer}"));
+            }
+            Err(why) => {
+                self.drop_group(&done.group).await;
+                return Err(why);
+            }
+        };
         let current = TenantRecord {
             incarnation,
             restoring: None,
@@ -135,12 +146,19 @@ impl Run {
         Ok(true)
     }
 
-    /// Has a tenant that this restore withholds served again, if its chain is still open.
-    async fn release(&self, name: &str, why: &str, archive_key: &Secret) -> Result<(), String> {
+    /// Has a tenant that this restore withholds, or one before it that died, served again, if its chain
+    /// is still open.
+    async fn release(
+        &self,
+        before: &TenantRecord,
+        why: &str,
+        archive_key: &Secret,
+    ) -> Result<(), String> {
         let directory = self.node.directory().ok_or("there is no directory yet")?;
         directory.group().read_barrier().await.map_err(text)?;
-        let known = find(&directory, name)?.record;
-        if known.restoring.as_deref() != Some(why) {
+        let known = find(&directory, &before.name)?.record;
+        let ours = known.restoring.as_deref() == Some(why) || known.restoring == before.restoring;
+        if known.restoring.is_none() || !ours {
             return Ok(());
         }
         let bucket = self.node.parts.bucket.clone();
