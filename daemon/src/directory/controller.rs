@@ -75,7 +75,8 @@ async fn open_tenant(node: Arc<Node>, tenant: Arc<Tenant>) {
                 return drop_older(&node, id).await;
             }
             // Another incarnation began meanwhile, and is being opened.
-            Ok(_) => return,
+            Ok(_) => return drop_older(&node, tenant.record().group()).await,
+            Err(_) if tenant.record().group() != id => return,
             Err(why) => {
                 if why != told {
                     tracing::error!(tenant = %record.id, %why, "tenant cannot be opened; it is tried again");
