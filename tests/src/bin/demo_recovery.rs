@@ -94,7 +94,7 @@ fn compare(record: &[Write], rows: &Rows, at_ms: u64) -> Result<usize> {
     for (key, writes) in &keys {
         let found = rows.get(*key);
         let done = |w: &&&Write| w.done_ms.is_some_and(|done| done <= at_ms);
-        let last = writes.iter().filter(done).next_back();
+        let last = writes.iter().rfind(done);
         let on_its_way =
             |w: &&Write| w.sent_ms <= at_ms && last.is_none_or(|last| w.sent_ms > last.sent_ms);
         let allowed = writes.iter().filter(|w| on_its_way(w)).map(|w| &w.value);
