@@ -229,9 +229,14 @@ pub async fn keep_rto(node: Arc<Node>) {
         watched.0.retain(|id, _| leads(id));
         for (record, group) in led {
             let estimated = tokio::time::timeout(ANSWERS_WITHIN, node.estimate(&record)).await;
-            // The bucket is away: the RPO says so.
-            let Ok(Ok(estimate)) = estimated else {
-                continue;
+            let estimate = match estimated {
+                Ok(Ok(estimate)) => estimate,
+                Ok(Err(why)) => {
+                    tracing::warn!(tenant = %record.id, %why, "what a restore would take is not known");
+                    continue;
+                }
+                // The bucket is away: the RPO says so.
+                Err(_) => continue,
             };
             let most = record.rto_ms as f64 * CHECKPOINT_AT;
             if estimate.rto_ms as f64 > most && estimate.replay_ms * 2 > estimate.rto_ms {

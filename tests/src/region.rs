@@ -1,5 +1,6 @@
 //! A region of daemon processes on loopback, in a directory of its own.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -12,7 +13,7 @@ use daemon::dev::{Layout, lay_out};
 use daemon::proto::admin::{
     CreateTenantRequest, NodeStatusRequest, NodeStatusResponse, ShowTenantRequest, Tenant,
 };
-use etcd_client::{Client, ConnectOptions};
+use etcd_client::{Client, ConnectOptions, GetOptions};
 use kms::Region as Jurisdiction;
 use kms::local::Keyfile;
 use replication::archive::bucket::BucketConfig;
@@ -403,6 +404,24 @@ impl Region {
 
     pub async fn client(&self, name: &str) -> Result<Client> {
         self.client_at(name, &[0, 1, 2]).await
+    }
+
+    /// All keys and values of a tenant. A node that is away, or still being filled, says so: another is
+    /// asked.
+    pub async fn rows(&self, name: &str) -> Result<BTreeMap<String, String>> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let mut client = self.client(name).await?;
+            let all = GetOptions::new().with_all_keys();
+            match client.get("", Some(all)).await {
+                Ok(found) => {
+                    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+                    let rows = found.kvs().iter();
+                    return Ok(rows.map(|kv| (text(kv.key()), text(kv.value()))).collect());
+                }
+                Err(e) => ensure!(Instant::now() < deadline, "{name}: {e}"),
+            }
+        }
     }
 
     /// Waits until everything that was acknowledged is in the bucket.

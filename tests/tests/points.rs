@@ -171,7 +171,7 @@ impl Archive {
     }
 
     async fn rebuilt(&self, point: Point) -> Result<Rebuilt, RestoreError> {
-        let plan = plan::at(&self.chain, 0, point).await?;
+        let plan = plan::at(&self.chain, point).await?;
         let budget = Budget::new(64 << 20, 8 << 20, Ciphering::Encrypted);
         let dir = self.scratch.path().join("rebuilt");
         restore::rebuild(
@@ -340,25 +340,6 @@ fn now_ms() -> u64 {
     now.unwrap_or_default().as_millis() as u64
 }
 
-/// All keys and values of acme, read until a node that holds it answers.
-async fn all(region: &Region) -> Result<BTreeMap<String, String>> {
-    let deadline = tokio::time::Instant::now() + WITHIN;
-    loop {
-        let mut client = region.client("acme").await?;
-        match client
-            .get("", Some(GetOptions::new().with_all_keys()))
-            .await
-        {
-            Ok(found) => {
-                let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-                let rows = found.kvs().iter();
-                return Ok(rows.map(|kv| (text(kv.key()), text(kv.value()))).collect());
-            }
-            Err(e) => ensure!(tokio::time::Instant::now() < deadline, "{e}"),
-        }
-    }
-}
-
 /// A bad client deletes half of a tenant; it goes back to just before, beside another tenant's
 /// load, and further; a node that was away joins; the region is lost and restored.
 #[tokio::test(flavor = "multi_thread")]
@@ -375,7 +356,7 @@ async fn a_tenant_goes_back_in_place() -> Result<()> {
     for n in 0..200 {
         client.put(format!("k/{n:03}"), n.to_string(), None).await?;
     }
-    let before = all(&region).await?;
+    let before = region.rows("acme").await?;
     tokio::time::sleep(Duration::from_millis(20)).await;
     let at = replication::clock::utc(now_ms());
     tokio::time::sleep(Duration::from_millis(20)).await;
@@ -383,7 +364,7 @@ async fn a_tenant_goes_back_in_place() -> Result<()> {
     client.delete("k/", Some(options)).await?;
     let deleted = client.put("bad", "client", None).await?;
     let deleted = deleted.header().context("a header")?.revision();
-    let after = all(&region).await?;
+    let after = region.rows("acme").await?;
     ensure!(after.len() == 101, "{}", after.len());
 
     // What cannot be is refused, and the tenant serves on.
@@ -395,7 +376,7 @@ async fn a_tenant_goes_back_in_place() -> Result<()> {
         let asked = [&["restore", "tenant", "acme"][..], &point[..]].concat();
         let (ok, said) = region.holdfast(&asked).await?;
         ensure!(!ok && said.contains(wanted), "{said}");
-        ensure!(all(&region).await? == after);
+        ensure!(region.rows("acme").await? == after);
     }
 
     let away = (region.leader("acme").await? + 1) % 3;
@@ -404,7 +385,10 @@ async fn a_tenant_goes_back_in_place() -> Result<()> {
         .operate(&["restore", "tenant", "acme", "--at", &at])
         .await?;
     ensure!(said.contains("it is as it was at revision"), "{said}");
-    ensure!(all(&region).await? == before, "not what it was at {at}");
+    ensure!(
+        region.rows("acme").await? == before,
+        "not what it was at {at}"
+    );
     let mut client = region.client("acme").await?;
     let late = write_after(client.clone()).await?;
     ensure!(late[0].0 > 1_000_000_000, "{}", late[0].0);
@@ -429,7 +413,7 @@ async fn a_tenant_goes_back_in_place() -> Result<()> {
     region
         .operate(&["restore", "tenant", "acme", "--revision", &asked])
         .await?;
-    ensure!(all(&region).await? == after);
+    ensure!(region.rows("acme").await? == after);
     region.same_everywhere("acme").await?;
     let shown = region.tenant(0, "acme").await?;
     ensure!(shown.incarnation == 3, "{shown:?}");
@@ -447,7 +431,7 @@ async fn a_tenant_goes_back_in_place() -> Result<()> {
     region.archived("acme").await?;
     let (ok, table) = region.lose_and_restore().await?;
     ensure!(ok, "{table}");
-    ensure!(all(&region).await? == after);
+    ensure!(region.rows("acme").await? == after);
     holdfast_tests::writer::check_all(&region, "globex", &written).await
 }
 
@@ -486,12 +470,12 @@ async fn going_back_is_gone_on_with_wherever_it_was_interrupted() -> Result<()> 
             "{moment}: {refused}"
         );
         region.operate(&asked).await?;
-        ensure!(all(&region).await? == wanted, "{moment}");
+        ensure!(region.rows("acme").await? == wanted, "{moment}");
         println!("killed at {moment}: done when asked again");
     }
     region.archived("acme").await?;
     let (ok, table) = region.lose_and_restore().await?;
     ensure!(ok, "{table}");
-    ensure!(all(&region).await? == wanted);
+    ensure!(region.rows("acme").await? == wanted);
     Ok(())
 }

@@ -4,8 +4,8 @@
 //! Invariants. Nothing of the tenant is changed, and nothing that lives on this node is used but its
 //! keys, which are let go of when it is sealed. A drill passes only if everything it read
 //! authenticates, the digest counted from every row is the chain's, and a sample of keys is what the
-//! live tenant says at the same revision. It runs on one thread of low priority, with memory and a
-//! rate of its own.
+//! live tenant says at the same revision. It runs on threads of low priority, with memory and
+//! a rate of its own.
 
 mod evidence;
 mod page;
@@ -171,7 +171,7 @@ impl Place {
         let rebuilt = runtime.block_on(async {
             let chain = Chain::new(self.bucket.clone(), archive_key, id);
             let plan = tokio::select! {
-                plan = plan::newest(&chain, 0) => plan.map_err(text)?,
+                plan = plan::newest(&chain) => plan.map_err(text)?,
                 () = self.stopped() => return Err(RestoreError::Stopped.to_string()),
             };
             let data_dir = self.dir.ancestors().nth(2).unwrap_or(&self.dir);

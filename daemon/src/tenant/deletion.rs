@@ -341,7 +341,7 @@ async fn erase_everywhere(
 async fn drill(node: &Node, record: &TenantRecord) -> Result<Drill, String> {
     let key = node.archive_key().ok_or("the archive key is not known")?;
     let chain = Chain::new(node.parts.bucket.clone(), key, record.group());
-    let left = match plan::newest(&chain, 0).await {
+    let left = match plan::newest(&chain).await {
         Ok(plan) => format!(
             "{} and {} links that authenticate",
             match &plan.manifest {

@@ -47,7 +47,7 @@ pub struct Manifest {
     pub position: Position,
     pub revision: i64,
     /// Effective time of `position`, milliseconds since 1970; 0 where it is not said.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default, skip_serializing_if = "is_unknown")]
     pub time_ms: u64,
     pub digests: Digests,
     /// The oldest key generation that one of the files is under; 0 where it is not said.
@@ -56,12 +56,8 @@ pub struct Manifest {
     pub files: Vec<ManifestFile>,
 }
 
-fn is_unknown(generation: &u32) -> bool {
-    *generation == 0
-}
-
-fn is_zero(time_ms: &u64) -> bool {
-    *time_ms == 0
+fn is_unknown<T: Default + PartialEq>(said: &T) -> bool {
+    *said == T::default()
 }
 
 impl Manifest {

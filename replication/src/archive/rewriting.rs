@@ -264,7 +264,7 @@ pub async fn shorten(
 
 /// What a restore would begin with now must be under `generation` or a newer one, and be there.
 async fn check(chain: &Chain, generation: u32) -> Result<(), RewriteError> {
-    let plan = plan::newest(chain, 0).await?;
+    let plan = plan::newest(chain).await?;
     let manifest = plan.manifest.filter(|m| m.oldest >= generation);
     let manifest = manifest.ok_or(RewriteError::NoBeginning(generation))?;
     let there: HashSet<String> = files(chain.bucket(), chain.group())

@@ -91,21 +91,13 @@ impl Plan {
     }
 }
 
-/// Plans a restore of `chain`'s group to its newest state. `known`: the newest link that the
-/// directory has a record of.
-pub async fn newest(chain: &Chain, known: u64) -> Result<Plan, RestoreError> {
+/// Plans a restore of `chain`'s group to its newest state.
+pub async fn newest(chain: &Chain) -> Result<Plan, RestoreError> {
     let group = chain.group();
     let all = chain.numbers(0).await?;
     let Some(last) = all.last().copied() else {
         return Err(RestoreError::Nothing(group));
     };
-    if last < known {
-        return Err(RestoreError::Older {
-            incarnation: group.incarnation,
-            found: last,
-            known,
-        });
-    }
     let (manifest, refused) = checkpoint_before(chain, Until::End).await?;
     if let (None, Some(refused)) = (&manifest, refused)
         && all.first() != Some(&1)
@@ -117,9 +109,9 @@ pub async fn newest(chain: &Chain, known: u64) -> Result<Plan, RestoreError> {
 }
 
 /// Plans a restore to `point`; `chain` is the newest one, on which the tenant is now, or was last.
-pub async fn at(chain: &Chain, known: u64, point: Point) -> Result<Plan, RestoreError> {
+pub async fn at(chain: &Chain, point: Point) -> Result<Plan, RestoreError> {
     let until = match point {
-        Point::Newest => return newest(chain, known).await,
+        Point::Newest => return newest(chain).await,
         Point::Time(ms) => Until::Time(ms),
         Point::Revision(revision) => Until::Revision(revision),
     };

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
-use etcd_client::{Client, DeleteOptions, GetOptions};
+use etcd_client::{Client, DeleteOptions};
 use holdfast_tests::kms::create_key;
 use holdfast_tests::region::Region;
 use holdfast_tests::servers;
@@ -20,7 +20,6 @@ const TENANTS: usize = 10;
 const WRITTEN: Duration = Duration::from_secs(120);
 const KEYS: usize = 400;
 const PAUSE: Duration = Duration::from_millis(10);
-const SERVED_WITHIN: Duration = Duration::from_secs(60);
 
 fn now_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -64,25 +63,6 @@ async fn write(mut client: Client, stop: Arc<AtomicBool>) -> Vec<Write> {
 }
 
 type Rows = BTreeMap<String, String>;
-
-async fn read(region: &Region, tenant: &str) -> Result<Rows> {
-    let deadline = Instant::now() + SERVED_WITHIN;
-    loop {
-        let mut client = region.client(tenant).await?;
-        match client
-            .get("", Some(GetOptions::new().with_all_keys()))
-            .await
-        {
-            Ok(found) => {
-                let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-                let rows = found.kvs().iter();
-                return Ok(rows.map(|kv| (text(kv.key()), text(kv.value()))).collect());
-            }
-            // A replica that is still being filled says so: another node is asked.
-            Err(e) => ensure!(Instant::now() < deadline, "{tenant}: {e}"),
-        }
-    }
-}
 
 /// Compares rows with what the record says of a moment: each key holds the last value acknowledged by
 /// then, or one that was on its way. Answers how many keys were compared.
@@ -171,7 +151,7 @@ async fn main() -> Result<()> {
     let said = region
         .operate(&["restore", "tenant", "acme", "--at", &at])
         .await?;
-    let restored = read(&region, "acme").await?;
+    let restored = region.rows("acme").await?;
     let compared = compare(&record, &restored, before_ms)?;
     step(&format!(
         "restore tenant acme --at {at}, the others served: {:.1} s; {compared} keys as they were then, of {} writes:{}",
@@ -222,12 +202,12 @@ async fn main() -> Result<()> {
     let said = region.operate(&verify).await?;
     step(said.lines().next().context("it says something")?);
     ensure!(
-        read(&region, "acme").await? == restored,
+        region.rows("acme").await? == restored,
         "acme is not what it was"
     );
     for (n, record) in &records {
         let rpo_ms = if n % 2 == 0 { 5_000 } else { 60_000 };
-        let rows = read(&region, &name(*n)).await?;
+        let rows = region.rows(&name(*n)).await?;
         // Whatever is older than the contract's RPO is there; what is there was written.
         let promised: Vec<&Write> = record
             .iter()

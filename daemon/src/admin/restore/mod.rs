@@ -5,7 +5,7 @@
 //! controllers, as any node does that comes back empty. The work goes on if the operator's
 //! connection is lost; its outcome is in the log then.
 //!
-//! Invariants. The newest state is read only once the chain that it is on is closed, so that
+//! Invariants. The newest state is restored only once the chain that it is on is closed, so that
 //! nothing is added behind it. An earlier moment is restored and verified before the chain is closed:
 //! a tenant that cannot go back there goes on as it is.
 
@@ -219,7 +219,7 @@ impl Run {
         let text = |e: RestoreError| e.to_string();
         let current = self.current(wanted.first, wanted.archive_key, wanted.known);
         let chain = current.await.map_err(text)?;
-        let mut plan = plan::at(&chain, 0, wanted.point).await.map_err(text)?;
+        let mut plan = plan::at(&chain, wanted.point).await.map_err(text)?;
         let links = format!("{} links", plan.total_links());
         self.event(wanted.name, "planned", links).await;
         let data_dir = &self.node.parts.data_dir;
@@ -296,8 +296,8 @@ impl Run {
             goes_on()
         });
         let budget = self.node.parts.budget.clone();
-        let rebuilt = restore::rebuild(chain, plan, wanted.keys.clone(), budget, dir, report).await;
-        rebuilt.map_err(|e| e.to_string())
+        let rebuilt = restore::rebuild(chain, plan, wanted.keys.clone(), budget, dir, report);
+        rebuilt.await.map_err(|e| e.to_string())
     }
 
     /// Forms the restored group, of this node alone.
