@@ -1,9 +1,9 @@
-# demo: the main job. demo-keys: keys taken away and given back. demo-recovery: a tenant taken back, a drill, a region lost and restored. test: everything. bench: beside etcd. bench-keys: what seals, resumptions and rotations cost. check: style and licences.
+# demo: the main job. demo-keys: keys taken away and given back. demo-recovery: a tenant taken back, a drill, a region lost and restored. test: everything. chaos: the scenarios of ops/chaos. bench: beside etcd. bench-keys: what seals, resumptions and rotations cost. bench-recovery: what restores, the archive and drills cost. check: style and licences.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/holdfast/target
 CARGO = cargo --locked
 
 # advisories: known vulnerabilities of the libraries.
-.PHONY: demo demo-keys demo-recovery test bench bench-keys check advisories build setup-build setup-test
+.PHONY: demo demo-keys demo-recovery test chaos bench bench-keys bench-recovery check advisories build setup-build setup-test
 
 setup-build:
 	@tools/setup build
@@ -25,6 +25,11 @@ bench: setup-test build
 	$(CARGO_TARGET_DIR)/release/bench_restore
 bench-keys: setup-test build
 	$(CARGO_TARGET_DIR)/release/bench_keys
+bench-recovery: setup-test build
+	BENCH_RESTORE_MB=2048 $(CARGO_TARGET_DIR)/release/bench_restore
+	$(CARGO_TARGET_DIR)/release/bench_recovery
+chaos: setup-test build
+	ops/chaos/run
 check: setup-build
 	cargo fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings

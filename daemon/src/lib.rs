@@ -7,11 +7,11 @@
 
 pub mod admin;
 pub mod admin_client;
+mod checkpoint;
 pub mod config;
 pub mod dev;
 pub mod directory;
 pub mod drill;
-mod failpoint;
 pub mod gateway;
 pub mod limits;
 pub mod logging;
@@ -21,6 +21,8 @@ pub mod pki;
 mod question;
 mod region;
 pub mod residency;
+pub mod retention;
+pub mod scrub;
 pub mod server;
 pub mod signed;
 pub mod tenant;

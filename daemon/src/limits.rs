@@ -43,10 +43,16 @@ pub const MAX_GRACE: Duration = Duration::from_secs(24 * 3600);
 pub const BUCKET_PLACE: Duration = Duration::from_secs(3600);
 /// How long a deleted tenant can be brought back, unless it is said otherwise.
 pub const DELETION_GRACE: Duration = Duration::from_secs(30 * 24 * 3600);
+/// The newest checkpoints that retention leaves, unless a tenant says otherwise: one is damaged, another
+/// serves.
+pub const KEEP_CHECKPOINTS: u32 = 2;
 /// How long a request waits for a tenant that is being opened.
 pub const OPENING: Duration = Duration::from_secs(5);
 /// Events kept in the directory.
 pub const MAX_EVENTS: usize = 1000;
+/// Everything that is kept of a tenant is read back within this, at most so fast, in bytes a second.
+pub const SCRUB_EVERY: Duration = Duration::from_secs(7 * 24 * 3600);
+pub const SCRUB_RATE: u64 = 32 << 20;
 /// What a drill fetches a second, and its memory: a live tenant keeps its own.
 pub const DRILL_RATE: u64 = 64 << 20;
 pub const DRILL_BUFFERS: usize = 64 << 20;

@@ -30,6 +30,8 @@ use crate::limits;
 use crate::objectives;
 use crate::question::{Calls, PEER_CALL, Question};
 use crate::residency::BucketPlace;
+use crate::retention;
+use crate::scrub;
 use crate::server;
 use crate::tenant::{DRILL, Parts, RESTORE, Registry, deletion, rewriting, rotation};
 
@@ -70,6 +72,8 @@ pub struct Node {
     pub going_back: Semaphore,
     /// Taken by a drill: one at a time.
     pub drilling: Semaphore,
+    /// Taken by a scrub of the archive: one at a time.
+    pub scrubbing: Semaphore,
     tasks: parking_lot::Mutex<JoinSet<()>>,
 }
 
@@ -165,6 +169,7 @@ impl Node {
             restoring: Semaphore::new(1),
             going_back: Semaphore::new(1),
             drilling: Semaphore::new(1),
+            scrubbing: Semaphore::new(1),
             tasks: parking_lot::Mutex::new(JoinSet::new()),
             config,
         });
@@ -305,6 +310,10 @@ impl Node {
         self.spawn(async move { objectives::keep_rpo(own).await });
         let own = self.clone();
         self.spawn(async move { objectives::keep_rto(own).await });
+        let own = self.clone();
+        self.spawn(async move { retention::keep(own).await });
+        let own = self.clone();
+        self.spawn(async move { scrub::keep(own).await });
         let own = self.clone();
         self.spawn(async move { own.watch_bucket().await });
         let own = self.clone();

@@ -43,6 +43,8 @@ pub(crate) enum Question {
     Erase(TenantId),
     /// Destroy its copies of a tenant's generations before this one.
     Forget(TenantId, u32),
+    /// If you lead the tenant, upload a checkpoint; whether you do.
+    Checkpoint(TenantId),
 }
 
 impl Node {
@@ -211,6 +213,7 @@ impl DaemonCalls for Calls {
             Question::Forget(tenant, generation) => {
                 serde_json::to_vec(&node.forget_before(tenant, generation)?)
             }
+            Question::Checkpoint(tenant) => serde_json::to_vec(&node.want_checkpoint_here(tenant)),
             Question::Key(tenant) => serde_json::to_vec(&node.key_report(tenant).await),
             Question::Digests(group) => {
                 let group = node

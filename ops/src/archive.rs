@@ -1,10 +1,13 @@
-//! `holdfast archive`: what of a tenant's history is in the bucket, as a picture.
+//! `holdfast archive`: what of a tenant's history is in the bucket, as a picture; what goes, what is held.
 
 use std::path::Path;
 use std::process::ExitCode;
 
 use daemon::admin_client::OperatorConfig;
-use daemon::proto::admin::{Archive, ArchiveChain, ListArchiveRequest};
+use daemon::proto::admin::{
+    Archive, ArchiveChain, Hold, HoldArchiveRequest, ListArchiveRequest, MakeCheckpointRequest,
+    ReleaseArchiveRequest, ScrubArchiveRequest, SweepArchiveRequest, SweepArchiveResponse,
+};
 use replication::clock::utc;
 
 use crate::args::ArchiveCommand;
@@ -15,18 +18,121 @@ use crate::tenant::said;
 const WIDTH: u64 = 60;
 
 pub async fn run(config: &Path, command: ArchiveCommand) -> Result<ExitCode, String> {
-    let ArchiveCommand::Ls { tenant } = command;
     let mut client = OperatorConfig::load(config)?.connect().await?;
-    let request = ListArchiveRequest {
-        name: tenant.clone(),
-    };
-    let archive = client
-        .list_archive(request)
-        .await
-        .map_err(said)?
-        .into_inner();
-    print!("{}", draw(&tenant, &archive));
+    match command {
+        ArchiveCommand::Ls { tenant } => {
+            let request = ListArchiveRequest {
+                name: tenant.clone(),
+            };
+            let archive = client.list_archive(request).await.map_err(said)?;
+            print!("{}", draw(&tenant, &archive.into_inner()));
+        }
+        ArchiveCommand::Checkpoint { tenant } => {
+            let request = MakeCheckpointRequest { name: tenant };
+            let made = client.make_checkpoint(request).await.map_err(said)?;
+            let made = made.into_inner();
+            println!(
+                "A checkpoint at revision {}, {}, is in the bucket: {}.",
+                made.revision,
+                utc(made.time_ms),
+                bytes(made.bytes)
+            );
+        }
+        ArchiveCommand::Scrub { tenant } => {
+            let request = ScrubArchiveRequest {
+                name: tenant.clone(),
+            };
+            let found = client.scrub_archive(request).await.map_err(said)?;
+            let found = found.into_inner();
+            for damage in &found.damages {
+                println!("{damage}");
+            }
+            println!(
+                "{} objects of {tenant} were read back, {}; {} are damaged or missing.",
+                found.objects,
+                bytes(found.bytes),
+                found.damages.len()
+            );
+            if !found.damages.is_empty() {
+                println!("A new checkpoint was made, and is whole.");
+            }
+        }
+        ArchiveCommand::Sweep { tenant, dry_run } => {
+            let request = SweepArchiveRequest {
+                name: tenant,
+                dry_run,
+            };
+            let swept = client.sweep_archive(request).await.map_err(said)?;
+            print!("{}", listed(&swept.into_inner(), dry_run));
+        }
+        ArchiveCommand::Hold {
+            tenant,
+            since,
+            reason,
+        } => {
+            let request = HoldArchiveRequest {
+                name: tenant,
+                since_ms: since.unwrap_or(0),
+                reason,
+            };
+            let hold = client.hold_archive(request).await.map_err(said)?;
+            println!("Hold {} stands.", hold.into_inner().id);
+        }
+        ArchiveCommand::Release { tenant, hold } => {
+            let request = ReleaseArchiveRequest {
+                name: tenant,
+                id: hold.clone(),
+            };
+            client.release_archive(request).await.map_err(said)?;
+            println!("Hold {hold} is released.");
+        }
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+fn standing(holds: &[Hold]) -> String {
+    let line = |hold: &Hold| {
+        let since = match hold.since_ms {
+            0 => "everything".into(),
+            ms => format!("everything since {}", utc(ms)),
+        };
+        format!("hold {}: {since} stays: {}\n", hold.id, hold.reason)
+    };
+    holds.iter().map(line).collect()
+}
+
+/// Every object that goes, then how many of each kind.
+fn listed(swept: &SweepArchiveResponse, dry_run: bool) -> String {
+    let mut out = String::new();
+    let kinds = [
+        ("checkpoint", &swept.checkpoints),
+        ("link", &swept.links),
+        ("file", &swept.files),
+        ("upload", &swept.unfinished),
+    ];
+    for (kind, objects) in kinds {
+        for object in objects {
+            out.push_str(&format!("{kind:<10} {object}\n"));
+        }
+    }
+    for object in &swept.unreadable {
+        out.push_str(&format!(
+            "no file goes while this does not read: {object}\n"
+        ));
+    }
+    for kept in &swept.locked {
+        out.push_str(&format!("kept by the store: {kept}\n"));
+    }
+    out.push_str(&standing(&swept.holds));
+    let counts = kinds.map(|(kind, objects)| format!("{} {kind}s", objects.len()));
+    out.push_str(&format!(
+        "{}: {}, {} of links and files. The window begins at {}.\n",
+        if dry_run { "Would go" } else { "Gone" },
+        counts.join(", "),
+        bytes(swept.bytes),
+        utc(swept.horizon_ms)
+    ));
+    out
 }
 
 fn bytes(n: u64) -> String {
@@ -112,6 +218,12 @@ fn draw(tenant: &str, archive: &Archive) -> String {
             newest.incarnation,
         ));
     }
+    out.push_str(&format!(
+        "kept: every moment of {}, and the newest {} checkpoints\n",
+        table::duration(archive.keep_ms),
+        archive.keep_checkpoints
+    ));
+    out.push_str(&standing(&archive.holds));
     out
 }
 

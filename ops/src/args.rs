@@ -166,12 +166,42 @@ pub struct Set {
     /// 1m; 0s for never.
     #[arg(long)]
     pub max_unarchived: Option<String>,
+    /// How far back every moment can be restored, such as 35d.
+    #[arg(long)]
+    pub keep: Option<String>,
+    /// How many of the newest checkpoints stay in any case.
+    #[arg(long)]
+    pub keep_checkpoints: Option<u32>,
 }
 
 #[derive(Subcommand)]
 pub enum ArchiveCommand {
     /// Draws the chains and checkpoints of a tenant, and says what can be restored.
     Ls { tenant: String },
+    /// Uploads a checkpoint of the tenant's present state, before something that may go wrong.
+    Checkpoint { tenant: String },
+    /// Reads everything back and authenticates it, as nodes do by themselves each week; what is damaged
+    /// is named, and healed from the live replicas.
+    Scrub { tenant: String },
+    /// Deletes what the tenant's window does not need, as its leader does by itself each hour.
+    Sweep {
+        tenant: String,
+        /// Only lists what would go.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Keeps the tenant's history, whatever its window, until that is released.
+    Hold {
+        tenant: String,
+        /// Everything since this moment, such as 2026-11-22T10:00:00Z; all that there is if not given.
+        #[arg(long, value_parser = moment)]
+        since: Option<u64>,
+        /// Why, such as the number of a case.
+        #[arg(long)]
+        reason: String,
+    },
+    /// Releases a hold.
+    Release { tenant: String, hold: String },
 }
 
 #[derive(Subcommand)]

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use daemon::admin_client::OperatorConfig;
 use daemon::proto::admin::admin_client::AdminClient;
@@ -120,10 +120,22 @@ pub async fn awaiting(operator: &OperatorConfig) -> Result<AdminClient<Channel>,
     }
 }
 
+/// How long it is to a deadline.
+fn left(due_ms: u64) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now = now.unwrap_or_default().as_millis() as u64;
+    match due_ms.checked_sub(now) {
+        Some(ms) => format!("due in {}", table::duration(ms)),
+        None => "LATE".into(),
+    }
+}
+
 #[derive(Default)]
 pub struct Screen {
     bars: MultiProgress,
     tenants: HashMap<String, ProgressBar>,
+    /// When each must serve, milliseconds since 1970.
+    deadlines: HashMap<String, u64>,
     done: Vec<(String, Outcome)>,
     refused: Vec<(String, String)>,
     /// What came of a tenant that was taken back.
@@ -140,12 +152,23 @@ impl Screen {
         }
         let bar = self.tenants.entry(event.tenant.clone()).or_insert_with(|| {
             let bar = self.bars.add(ProgressBar::new(0));
-            let style = ProgressStyle::with_template("{prefix:16} {msg:10} {bar:30} {pos}/{len}");
+            // The forecast is of the phase that it is in.
+            let style = ProgressStyle::with_template(
+                "{prefix:16} {msg:24} {bar:24} {pos}/{len}, done in {eta}",
+            );
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar.set_prefix(event.tenant.clone());
             bar
         });
-        bar.set_message(event.phase.clone());
+        if event.deadline_ms > 0 {
+            self.deadlines
+                .insert(event.tenant.clone(), event.deadline_ms);
+        }
+        let due = self.deadlines.get(&event.tenant);
+        bar.set_message(match due {
+            Some(due) => format!("{}, {}", event.phase, left(*due)),
+            None => event.phase.clone(),
+        });
         if event.total > 0 {
             bar.set_length(event.total);
             bar.set_position(event.done);

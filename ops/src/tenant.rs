@@ -97,6 +97,8 @@ pub async fn run(config: &Path, command: TenantCommand) -> Result<ExitCode, Stri
                     .as_deref()
                     .map(milliseconds)
                     .transpose()?,
+                keep_ms: set.keep.as_deref().map(milliseconds).transpose()?,
+                keep_checkpoints: set.keep_checkpoints,
             };
             show(&client.set_tenant(request).await.map_err(said)?.into_inner());
         }

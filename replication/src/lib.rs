@@ -8,6 +8,7 @@ pub mod archive;
 pub mod clock;
 pub mod command;
 pub mod engine;
+pub mod failpoint;
 pub mod group;
 pub mod log;
 pub mod machine;

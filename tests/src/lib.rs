@@ -10,6 +10,7 @@ pub mod load;
 pub mod memory;
 pub mod netns;
 pub mod opened;
+pub mod plain;
 pub mod proxy;
 pub mod region;
 pub mod served;

@@ -16,6 +16,8 @@ pub enum Mode {
     LoseAnswers,
     /// Every request is answered with this status.
     Refuse(u16),
+    /// Requests go on after so many milliseconds.
+    Delay(u64),
     /// The connection is reset once this many bytes of a request have gone on.
     CutAfter(usize),
 }
@@ -105,6 +107,11 @@ async fn serve(
                     Mode::CutAfter(limit) if sent > limit => {
                         harmed.fetch_add(1, Ordering::SeqCst);
                         return Ok(());
+                    }
+                    Mode::Delay(ms) => {
+                        harmed.fetch_add(1, Ordering::SeqCst);
+                        tokio::time::sleep(std::time::Duration::from_millis(ms)).await;
+                        server.write_all(bytes).await?;
                     }
                     _ => server.write_all(bytes).await?,
                 }

@@ -287,6 +287,41 @@ pub async fn make_bucket(endpoint: &str, bucket: &str) -> Result<()> {
     }
 }
 
+/// Asks LocalStack's S3, which checks no signature, for what the object store's library lacks.
+pub async fn ask_localstack(
+    endpoint: &str,
+    method: &str,
+    path: &str,
+    body: &str,
+) -> Result<String> {
+    let credential = format!(
+        "AWS4-HMAC-SHA256 Credential=test/20260101/{CLOUD_REGION}/s3/aws4_request, SignedHeaders=host, Signature=0"
+    );
+    let out = tokio::process::Command::new("curl")
+        .args(["-sS", "--max-time", "20", "-X", method])
+        .args(["-H", &format!("Authorization: {credential}")])
+        .args(["-H", "Content-Type: application/xml"])
+        .args(["-d", body, &format!("{endpoint}/{path}")])
+        .output()
+        .await?;
+    ensure!(
+        out.status.success(),
+        "{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+}
+
+/// Has a bucket of LocalStack's keep every version of its objects.
+pub async fn keep_versions(endpoint: &str, bucket: &str) -> Result<()> {
+    let enable = "<VersioningConfiguration xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><Status>Enabled</Status></VersioningConfiguration>";
+    let path = format!("{bucket}?versioning");
+    ask_localstack(endpoint, "PUT", &path, enable).await?;
+    let enabled = ask_localstack(endpoint, "GET", &path, "").await?;
+    ensure!(enabled.contains("Enabled"), "{enabled}");
+    Ok(())
+}
+
 /// Three etcds that are one cluster.
 pub struct EtcdCluster {
     members: Vec<Server>,

@@ -190,25 +190,6 @@ async fn a_destruction_goes_on_wherever_it_was_interrupted() -> Result<()> {
     Ok(())
 }
 
-async fn s3(endpoint: &str, method: &str, path: &str, body: &str) -> Result<String> {
-    let credential = format!(
-        "AWS4-HMAC-SHA256 Credential=test/20260101/{CLOUD_REGION}/s3/aws4_request, SignedHeaders=host, Signature=0"
-    );
-    let out = tokio::process::Command::new("curl")
-        .args(["-sS", "--max-time", "20", "-X", method])
-        .args(["-H", &format!("Authorization: {credential}")])
-        .args(["-H", "Content-Type: application/xml"])
-        .args(["-d", body, &format!("{endpoint}/{path}")])
-        .output()
-        .await?;
-    ensure!(
-        out.status.success(),
-        "{}",
-        String::from_utf8_lossy(&out.stderr)
-    );
-    Ok(String::from_utf8_lossy(&out.stdout).into_owned())
-}
-
 /// In a bucket that keeps versions every version of every wrapped key goes. The store is asked where
 /// the bucket lies, and a declaration that is not so is refused (row 31).
 #[tokio::test(flavor = "multi_thread")]
@@ -216,10 +197,7 @@ async fn versions_are_destroyed_and_the_store_is_asked_where_it_lies() -> Result
     let localstack = servers::localstack().await?;
     let endpoint = &localstack.endpoint;
     servers::make_bucket(endpoint, "holdfast").await?;
-    let enable = "<VersioningConfiguration xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><Status>Enabled</Status></VersioningConfiguration>";
-    s3(endpoint, "PUT", "holdfast?versioning", enable).await?;
-    let enabled = s3(endpoint, "GET", "holdfast?versioning", "").await?;
-    ensure!(enabled.contains("Enabled"), "{enabled}");
+    servers::keep_versions(endpoint, "holdfast").await?;
     let bucket = |cloud_region: &str| BucketConfig {
         url: "s3://holdfast/eu".into(),
         cloud_region: Some(cloud_region.into()),
@@ -266,7 +244,7 @@ async fn versions_are_destroyed_and_the_store_is_asked_where_it_lies() -> Result
         .await?;
     let id = region.tenant(0, "acme").await?.id;
     let versions = format!("holdfast?versions&prefix=eu/tenants/{id}/");
-    let before = s3(endpoint, "GET", &versions, "").await?;
+    let before = servers::ask_localstack(endpoint, "GET", &versions, "").await?;
     ensure!(
         before.matches("/keys/0000000001</Key>").count() == 2,
         "{before}"
@@ -293,12 +271,12 @@ async fn versions_are_destroyed_and_the_store_is_asked_where_it_lies() -> Result
         .await?;
     let id = region.tenant(0, "globex").await?.id;
     let keys = format!("holdfast?versions&prefix=eu/tenants/{id}/keys/");
-    let keys = s3(endpoint, "GET", &keys, "").await?;
+    let keys = servers::ask_localstack(endpoint, "GET", &keys, "").await?;
     ensure!(
         keys.matches("/keys/0000000002</Key>").count() == 1 && keys.matches("<Key>").count() == 1,
         "{keys}"
     );
-    let after = s3(endpoint, "GET", &versions, "").await?;
+    let after = servers::ask_localstack(endpoint, "GET", &versions, "").await?;
     ensure!(
         after.contains("ListVersionsResult") && !after.contains("<Key>"),
         "{after}"

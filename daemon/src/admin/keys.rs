@@ -80,6 +80,17 @@ impl AdminService {
         if request.drill_every_s.is_some() {
             found.record.drill_every_s = request.drill_every_s;
         }
+        if request.keep_ms.is_some() {
+            found.record.keep_ms = request.keep_ms;
+        }
+        if let Some(number) = request.keep_checkpoints {
+            if number == 0 {
+                return Err(Status::invalid_argument(
+                    "the newest checkpoint always stays: keep 1 or more",
+                ));
+            }
+            found.record.keep_checkpoints = Some(number);
+        }
         self.put(&found).await?;
         self.shown(&request.name)
     }

@@ -1,5 +1,7 @@
 //! The operators' API: gRPC over mutual TLS, for operator certificates only.
 
+mod archive;
+mod creation;
 mod deletion;
 mod drills;
 mod keys;
@@ -7,54 +9,33 @@ mod objectives;
 pub mod restore;
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use kms::{KeyUri, TenantId, WrappedKey};
 use replication::network::Identity;
-use replication::proto::command::command::Op;
-use replication::proto::command::{Command, PutUser};
 use replication::restore::Point;
 use tonic::codegen::BoxStream;
 use tonic::service::Routes;
 use tonic::{Request, Response, Status};
 
-use crate::directory::controller;
-use crate::directory::records::{TenantRecord, Tier};
-use crate::gateway::auth::hash_password;
-use crate::limits;
 use crate::node::Node;
 use crate::proto::admin::admin_server::{Admin, AdminServer};
 use crate::proto::admin::{
-    Archive, ChangeKeyRequest, CreateTenantRequest, DeleteTenantRequest, DeleteTenantResponse,
-    EventList, ListArchiveRequest, ListDrillsRequest, ListEventsRequest, ListObjectivesRequest,
-    ListTenantsRequest, NodeStatusRequest, NodeStatusResponse, ObjectiveList, ResidencyRequest,
-    RestoreEvent, RestoreRegionRequest, RestoreTenantRequest, RotateKeyRequest, RunDrillRequest,
-    SetTenantRequest, ShowCertificateRequest, ShowTenantRequest, Statement, StatementList,
+    Archive, ArchiveCheckpoint, ChangeKeyRequest, CreateTenantRequest, DeleteTenantRequest,
+    DeleteTenantResponse, EventList, Hold, HoldArchiveRequest, ListArchiveRequest,
+    ListDrillsRequest, ListEventsRequest, ListObjectivesRequest, ListTenantsRequest,
+    MakeCheckpointRequest, NodeStatusRequest, NodeStatusResponse, ObjectiveList,
+    ReleaseArchiveRequest, ReleaseArchiveResponse, ResidencyRequest, RestoreEvent,
+    RestoreRegionRequest, RestoreTenantRequest, RotateKeyRequest, RunDrillRequest,
+    ScrubArchiveRequest, ScrubArchiveResponse, SetTenantRequest, ShowCertificateRequest,
+    ShowTenantRequest, Statement, StatementList, SweepArchiveRequest, SweepArchiveResponse,
     Tenant as TenantMessage, TenantList, UndeleteTenantRequest,
 };
 use crate::tenant::Tenant;
-use crate::tenant::key::now_ms;
-
-const PLACE_WITHIN: Duration = Duration::from_secs(10);
-const OPEN_WITHIN: Duration = Duration::from_secs(20);
 
 pub fn routes(node: &Arc<Node>) -> Routes {
     Routes::new(AdminServer::new(AdminService(node.clone())))
 }
 
 struct AdminService(Arc<Node>);
-
-fn plain_name(what: &str, name: &str) -> Result<(), Status> {
-    let plain = name
-        .bytes()
-        .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-');
-    if plain && !name.is_empty() && name.len() <= limits::MAX_NAME {
-        return Ok(());
-    }
-    Err(Status::invalid_argument(format!(
-        "{what} \"{name}\": use 1 to 63 lower-case letters, digits or '-'"
-    )))
-}
 
 impl AdminService {
     /// Only an operator of this region may ask.
@@ -145,168 +126,6 @@ impl AdminService {
             // Nothing says where the nodes are: the operator's word is not asked for yet.
             Some(cloud) => format!("bucket in {cloud}; loss of that cloud region: not covered"),
             None => "bucket in a directory; loss of its machine: not covered".into(),
-        }
-    }
-
-    async fn create(&self, request: CreateTenantRequest) -> Result<TenantMessage, Status> {
-        plain_name("tenant", &request.name)?;
-        if request.user.is_empty()
-            || request.user.len() > limits::MAX_NAME
-            || request.user.contains('@')
-        {
-            return Err(Status::invalid_argument(
-                "user: use 1 to 63 characters without '@'",
-            ));
-        }
-        if request.password.len() < 8 {
-            return Err(Status::invalid_argument(
-                "password: use eight characters or more",
-            ));
-        }
-        let tier: Tier = request.tier.parse().map_err(Status::invalid_argument)?;
-        let (rpo, rto) = tier.defaults();
-        let key: KeyUri = request
-            .key
-            .parse()
-            .map_err(|e: kms::KmsError| Status::invalid_argument(e.to_string()))?;
-        let region = self.0.config.region;
-        let grace = keys::checked_grace(request.key_grace_s)?;
-        let providers = &self.0.parts.providers;
-        self.check_residency(&request.name, &key).await?;
-        let directory = self.directory()?;
-        let known = directory
-            .tenants()
-            .map_err(|e| Status::unavailable(e.to_string()))?;
-        if known.iter().any(|t| t.record.name == request.name) {
-            return Err(Status::already_exists(format!(
-                "there is a tenant {} already",
-                request.name
-            )));
-        }
-        let placement = self.place(&directory).await?;
-        let id = TenantId::random();
-        let (wrapped, _) = WrappedKey::create(providers, &key, id, region)
-            .await
-            .map_err(|e| Status::failed_precondition(e.to_string()))?;
-        // The key is durable before anything is sealed under it.
-        self.0
-            .parts
-            .keys
-            .create(&wrapped)
-            .await
-            .map_err(|e| Status::unavailable(e.to_string()))?;
-        let record = TenantRecord {
-            name: request.name.clone(),
-            id,
-            incarnation: 1,
-            tier,
-            rpo_ms: request.rpo_ms.unwrap_or(rpo),
-            rto_ms: if request.rto_ms == 0 {
-                rto
-            } else {
-                request.rto_ms
-            },
-            key,
-            generation: wrapped.generation,
-            fingerprint: wrapped.fingerprint.clone(),
-            quota_bytes: if request.quota_bytes == 0 {
-                limits::DEFAULT_QUOTA
-            } else {
-                request.quota_bytes
-            },
-            placement,
-            formed: false,
-            key_grace_s: grace,
-            other_generations: Vec::new(),
-            key_task: None,
-            rotated_ms: now_ms(),
-            rotate_days: 0,
-            deletion: None,
-            restoring: None,
-            drill_every_s: None,
-            max_unarchived_ms: 0,
-        };
-        directory
-            .put_tenant(&record, 0)
-            .await
-            .map_err(|e| Status::aborted(e.to_string()))?;
-        let tenant = self.opened(&request.name).await?;
-        let group = tenant.group().map_err(Status::unavailable)?;
-        let password = request.password;
-        let password_hash = tokio::task::spawn_blocking(move || hash_password(&password))
-            .await
-            .map_err(|e| Status::internal(e.to_string()))?
-            .map_err(Status::internal)?;
-        let command = Command {
-            op: Some(Op::PutUser(PutUser {
-                name: request.user,
-                password_hash,
-                root: true,
-            })),
-            ..Command::default()
-        };
-        group
-            .propose(vec![command])
-            .await
-            .map_err(|e| Status::unavailable(format!("the first user: {e}")))?;
-        self.formed(&directory, record.id).await?;
-        Ok(self.message(&tenant))
-    }
-
-    /// Records that the tenant's group was formed.
-    async fn formed(
-        &self,
-        directory: &crate::directory::Directory,
-        id: TenantId,
-    ) -> Result<(), Status> {
-        // This node's replica of the directory may be a moment behind the leader's.
-        directory
-            .group()
-            .read_barrier()
-            .await
-            .map_err(|e| Status::unavailable(e.to_string()))?;
-        let known = directory
-            .tenants()
-            .map_err(|e| Status::unavailable(e.to_string()))?;
-        let found = known.into_iter().find(|t| t.record.id == id);
-        let mut found = found.ok_or_else(|| Status::aborted("the tenant's record is gone"))?;
-        found.record.formed = true;
-        directory
-            .put_tenant(&found.record, found.modified)
-            .await
-            .map_err(|e| Status::aborted(e.to_string()))
-    }
-
-    /// Places a tenant; nodes of a region that was just founded may still be registering.
-    async fn place(&self, directory: &crate::directory::Directory) -> Result<Vec<String>, Status> {
-        let deadline = tokio::time::Instant::now() + PLACE_WITHIN;
-        loop {
-            match controller::place(directory) {
-                Ok(placement) => return Ok(placement),
-                Err(why) if tokio::time::Instant::now() >= deadline => {
-                    return Err(Status::failed_precondition(why));
-                }
-                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
-            }
-        }
-    }
-
-    /// Waits until a tenant is open here and has a leader.
-    async fn opened(&self, name: &str) -> Result<Arc<Tenant>, Status> {
-        let deadline = tokio::time::Instant::now() + OPEN_WITHIN;
-        loop {
-            if let Some(tenant) = self.0.tenants.get(name)
-                && let Ok(group) = tenant.group()
-                && group.wait_leader(Duration::from_millis(100)).await
-            {
-                return Ok(tenant);
-            }
-            if tokio::time::Instant::now() >= deadline {
-                return Err(Status::deadline_exceeded(format!(
-                    "tenant {name} is recorded, but has no leader yet; look with 'holdfast tenant show {name}'"
-                )));
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 }
@@ -468,6 +287,49 @@ impl Admin for AdminService {
         self.operator(&request)?;
         let name = &request.get_ref().name;
         self.archive(name).await.map(Response::new)
+    }
+
+    async fn sweep_archive(
+        &self,
+        request: Request<SweepArchiveRequest>,
+    ) -> Result<Response<SweepArchiveResponse>, Status> {
+        self.operator(&request)?;
+        self.sweep(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn scrub_archive(
+        &self,
+        request: Request<ScrubArchiveRequest>,
+    ) -> Result<Response<ScrubArchiveResponse>, Status> {
+        self.operator(&request)?;
+        let name = &request.get_ref().name;
+        self.scrub(name).await.map(Response::new)
+    }
+
+    async fn make_checkpoint(
+        &self,
+        request: Request<MakeCheckpointRequest>,
+    ) -> Result<Response<ArchiveCheckpoint>, Status> {
+        self.operator(&request)?;
+        let name = &request.get_ref().name;
+        self.checkpoint(name).await.map(Response::new)
+    }
+
+    async fn hold_archive(
+        &self,
+        request: Request<HoldArchiveRequest>,
+    ) -> Result<Response<Hold>, Status> {
+        self.operator(&request)?;
+        self.hold(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn release_archive(
+        &self,
+        request: Request<ReleaseArchiveRequest>,
+    ) -> Result<Response<ReleaseArchiveResponse>, Status> {
+        self.operator(&request)?;
+        self.release(request.into_inner()).await?;
+        Ok(Response::new(ReleaseArchiveResponse {}))
     }
 
     async fn list_objectives(

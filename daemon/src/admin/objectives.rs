@@ -1,61 +1,18 @@
-//! What operators ask about the archive and the recovery objectives.
+//! What operators ask about the recovery objectives.
 
 use futures::StreamExt;
-use replication::archive::chain::Chain;
-use replication::archive::survey::{Kept, Survey, survey};
 use tonic::Status;
 
 use super::AdminService;
 use crate::directory::records::DrillRecord;
 use crate::objectives::Standing;
-use crate::proto::admin::{Archive, ArchiveChain, ArchiveCheckpoint, Objective, ObjectiveList};
+use crate::proto::admin::{Objective, ObjectiveList};
 use crate::tenant::Tenant;
 
 /// Tenants whose archive is looked at at once.
 const AT_ONCE: usize = 8;
 
-fn checkpoint(kept: &Kept) -> ArchiveCheckpoint {
-    ArchiveCheckpoint {
-        link: kept.manifest.link,
-        revision: kept.manifest.revision,
-        at_ms: kept.at_ms,
-        bytes: kept.bytes(),
-        time_ms: kept.manifest.time_ms,
-    }
-}
-
-fn chain(found: &Survey) -> ArchiveChain {
-    let (first, last) = (found.links.first(), found.links.last());
-    ArchiveChain {
-        incarnation: found.incarnation,
-        first_link: first.map_or(0, |(number, _, _)| *number),
-        last_link: last.map_or(0, |(number, _, _)| *number),
-        links: found.links.len() as u64,
-        bytes: found.links.iter().map(|(_, bytes, _)| bytes).sum(),
-        from_ms: first.map_or(0, |(_, _, at)| *at),
-        to_ms: last.map_or(0, |(_, _, at)| *at),
-        closed: found.closed,
-        checkpoints: found.checkpoints.iter().map(checkpoint).collect(),
-        behind_bytes: found.behind(),
-        whole: found.is_whole(),
-    }
-}
-
 impl AdminService {
-    pub(super) async fn archive(&self, name: &str) -> Result<Archive, Status> {
-        let record = self.found(name)?.record();
-        let key = self.0.archive_key();
-        let key = key.ok_or_else(|| Status::unavailable("the archive key is not known yet"))?;
-        let newest = Chain::new(self.0.parts.bucket.clone(), key, record.group());
-        let mut chains = Vec::new();
-        for incarnation in 1..=record.incarnation {
-            let found = survey(&newest.of(incarnation)).await;
-            let found = found.map_err(|e| Status::unavailable(e.to_string()))?;
-            chains.push(chain(&found));
-        }
-        Ok(Archive { chains })
-    }
-
     /// The worst first.
     pub(super) async fn objectives(&self) -> Result<ObjectiveList, Status> {
         let drills = self.directory()?.drills();

@@ -25,7 +25,9 @@ use serde::de::DeserializeOwned;
 use thiserror::Error;
 
 use crate::limits;
-use records::{DeletedRecord, DrillRecord, EventRecord, LinkRecord, NodeRecord, TenantRecord};
+use records::{
+    DeletedRecord, DrillRecord, EventRecord, LinkRecord, NodeRecord, ScrubRecord, TenantRecord,
+};
 
 #[derive(Debug, Error)]
 pub enum DirectoryError {
@@ -163,6 +165,21 @@ impl Directory {
         }
     }
 
+    /// The newest scrub of each tenant.
+    pub fn scrubs(&self) -> Result<Vec<Found<ScrubRecord>>, DirectoryError> {
+        self.list("/scrubs/")
+    }
+
+    /// Records a scrub.
+    pub async fn put_scrub(&self, scrub: &ScrubRecord) -> Result<(), DirectoryError> {
+        self.group.read_barrier().await?;
+        let mut known = self.scrubs()?.into_iter();
+        let known = known.find(|s| s.record.tenant == scrub.tenant);
+        let modified = known.map_or(0, |known| known.modified);
+        self.put(format!("/scrubs/{}", scrub.tenant), scrub, modified)
+            .await
+    }
+
     /// Takes a destroyed tenant's records away and notes where its certificate lies, if its record
     /// still stands at `modified`: another may have used the name since.
     pub async fn remove_tenant(
@@ -192,6 +209,7 @@ impl Directory {
             remove(tenant.clone()),
             remove(format!("/links/{}", record.id)),
             remove(format!("/drills/{}", record.id)),
+            remove(format!("/scrubs/{}", record.id)),
             note,
         ];
         self.change(tenant, modified, changes).await

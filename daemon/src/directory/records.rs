@@ -1,4 +1,5 @@
-//! Records of the directory, JSON under `/nodes/`, `/tenants/`, `/links/`, `/drills/`, `/deleted/`
+//! Records of the directory, JSON under `/nodes/`, `/tenants/`, `/links/`, `/drills/`,
+//! `/scrubs/`, `/deleted/`
 //! and `/events/`.
 
 use std::time::Duration;
@@ -8,7 +9,7 @@ use replication::GroupId;
 use replication::clock::utc;
 use serde::{Deserialize, Serialize};
 
-use crate::limits::DEFAULT_GRACE;
+use crate::limits::{DEFAULT_GRACE, KEEP_CHECKPOINTS};
 use crate::tenant::key::now_ms;
 
 /// A node: its name is its certificate's, its id its data directory's.
@@ -42,6 +43,14 @@ impl Tier {
         match self {
             Tier::Enhanced => 24 * 3600,
             Tier::Standard => 7 * 24 * 3600,
+        }
+    }
+
+    /// How far back every moment can be restored where the tenant does not say, in milliseconds.
+    pub fn keep_ms(self) -> u64 {
+        match self {
+            Tier::Enhanced => 35 * 24 * 3_600_000,
+            Tier::Standard => 7 * 24 * 3_600_000,
         }
     }
 
@@ -110,6 +119,12 @@ pub struct TenantRecord {
     /// Writes are refused while the oldest one that is not archived is older, milliseconds; 0: never.
     #[serde(default)]
     pub max_unarchived_ms: u64,
+    /// How far back every moment can be restored, milliseconds; the tier's if not given.
+    #[serde(default)]
+    pub keep_ms: Option<u64>,
+    /// The newest checkpoints, so many, stay in any case.
+    #[serde(default)]
+    pub keep_checkpoints: Option<u32>,
 }
 
 /// The newest drill of a tenant. Times are milliseconds since 1970.
@@ -129,6 +144,19 @@ pub struct DrillRecord {
     pub replayed_in_ms: u64,
     /// Where its evidence lies in the bucket.
     pub evidence: String,
+}
+
+/// The newest scrub of a tenant.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScrubRecord {
+    pub tenant: TenantId,
+    /// When it ended, milliseconds since 1970.
+    pub at_ms: u64,
+    pub objects: u64,
+    pub bytes: u64,
+    /// Objects that were damaged or missing.
+    pub damages: u64,
 }
 
 /// A tenant that is being deleted. Times are milliseconds since 1970.
@@ -239,6 +267,16 @@ impl TenantRecord {
         given.unwrap_or_else(|| self.tier.drill_every_s())
     }
 
+    /// How far back every moment can be restored, in milliseconds.
+    pub fn keep_ms(&self) -> u64 {
+        self.keep_ms.unwrap_or_else(|| self.tier.keep_ms())
+    }
+
+    /// The newest checkpoints that stay in any case.
+    pub fn keep_checkpoints(&self) -> usize {
+        self.keep_checkpoints.unwrap_or(KEEP_CHECKPOINTS) as usize
+    }
+
     pub fn key_grace(&self) -> Duration {
         Duration::from_secs(self.key_grace_s)
     }
@@ -286,6 +324,12 @@ pub enum EventKind {
     ResidencyRefused,
     /// It was taken back to an earlier moment.
     Restored,
+    /// An object of its archive is damaged or missing; the archive is whole from a checkpoint on again.
+    ArchiveDamaged,
+    ArchiveHealed,
+    /// Nothing of its history goes since a moment, until that is released.
+    HoldPlaced,
+    HoldReleased,
     /// A recovery objective will be missed unless something changes, is missed, is met again.
     ObjectiveNear,
     ObjectiveBreached,
@@ -312,6 +356,10 @@ impl EventKind {
             EventKind::Rewritten => "rewritten",
             EventKind::ResidencyRefused => "residency-refused",
             EventKind::Restored => "restored",
+            EventKind::ArchiveDamaged => "archive-damaged",
+            EventKind::ArchiveHealed => "archive-healed",
+            EventKind::HoldPlaced => "hold-placed",
+            EventKind::HoldReleased => "hold-released",
             EventKind::ObjectiveNear => "objective-near",
             EventKind::ObjectiveBreached => "objective-breached",
             EventKind::ObjectiveMet => "objective-met",

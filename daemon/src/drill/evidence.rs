@@ -152,7 +152,7 @@ impl Evidence {
         let (problem, advice) = match tried {
             Err(why) => (
                 why,
-                "see docs/operating/drills.md: a damaged or missing object is replaced by a new checkpoint ('holdfast key rotate TENANT --rewrite')".into(),
+                "see docs/operating/drills.md: 'holdfast archive scrub TENANT' names every object that is damaged or missing, and makes a new checkpoint".into(),
             ),
             Ok(()) if self.rto_ms > self.rto_contract_ms => (
                 late("the restore", self.rto_ms, self.rto_contract_ms),

@@ -37,7 +37,7 @@ use crate::tenant::{self, DRILL};
 
 pub use evidence::{Evidence, Phase, Sample};
 pub use page::page;
-pub use schedule::keep;
+pub use schedule::{is_new_period, is_ours, keep};
 
 /// Told of each step, with how far it is: done, of how much.
 pub type Told = Arc<dyn Fn(&str, u64, u64) + Send + Sync>;

@@ -29,11 +29,16 @@ fn is_due(record: &TenantRecord, last_ms: Option<u64>, now_ms: u64) -> bool {
         return false;
     }
     let since = last_ms.unwrap_or(record.rotated_ms);
-    period(record.id, every_ms, now_ms) > period(record.id, every_ms, since)
+    is_new_period(record.id, every_ms, since, now_ms)
+}
+
+/// Whether another of the tenant's periods has begun.
+pub fn is_new_period(id: TenantId, every_ms: u64, since_ms: u64, now_ms: u64) -> bool {
+    period(id, every_ms, now_ms) > period(id, every_ms, since_ms)
 }
 
 /// Whether it is this node's turn: the first one of the placement that is there and does not lead.
-fn is_ours(node: &Node, record: &TenantRecord) -> bool {
+pub fn is_ours(node: &Node, record: &TenantRecord) -> bool {
     let Some(group) = node.parts.groups.get(record.group()) else {
         return false;
     };

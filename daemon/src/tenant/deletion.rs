@@ -15,12 +15,12 @@ use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 use replication::archive::chain::Chain;
 use replication::archive::s3::{self, Destroyed};
+use replication::failpoint::failpoint;
 use replication::restore::{RestoreError, plan};
 use serde::{Deserialize, Serialize};
 
 use super::key::now_ms;
 use crate::directory::records::{DeletedRecord, EventKind, TenantRecord};
-use crate::failpoint::failpoint;
 use crate::node::Node;
 use crate::question::Question;
 use crate::signed::{self, Kind};

@@ -18,6 +18,7 @@ use parking_lot::Mutex;
 use replication::archive::chain::Chain;
 use replication::archive::rewriting::{RewriteError, begin, prove, shorten};
 use replication::archive::s3;
+use replication::failpoint::failpoint;
 use replication::group::Group;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -25,7 +26,6 @@ use tokio::time::Instant;
 use super::key::KeyReport;
 use super::rotation::{change, stands};
 use crate::directory::records::{EventKind, KeyTask, TenantRecord};
-use crate::failpoint::failpoint;
 use crate::node::Node;
 use crate::question::Question;
 

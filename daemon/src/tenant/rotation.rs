@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kms::{KeyUri, WrappedKey, WrappedKeyError};
+use replication::failpoint::failpoint;
 use replication::group::Group;
 use tokio::time::Instant;
 
@@ -18,7 +19,6 @@ use super::Tenant;
 use super::key::now_ms;
 use crate::directory::DirectoryError;
 use crate::directory::records::{EventKind, KeyTask, TenantRecord};
-use crate::failpoint::failpoint;
 use crate::node::Node;
 
 const LOOK: Duration = Duration::from_secs(1);

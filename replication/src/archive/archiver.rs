@@ -35,6 +35,8 @@ const MAX_RETRY: Duration = Duration::from_secs(5);
 const FIRST_LOOK: Duration = Duration::from_secs(2);
 /// How often an idle leader looks whether its chain was closed.
 const LOOK: Duration = Duration::from_secs(5);
+/// How often it looks for a checkpoint that it was asked for.
+const SOON: Duration = Duration::from_millis(200);
 
 /// Told of each link that this node created, or adopted in the place of its own.
 pub type Report = Arc<dyn Fn(crate::GroupId, &Tail) + Send + Sync>;
@@ -126,29 +128,46 @@ impl Archiver {
         // Beside the links: however long a checkpoint takes, writes are archived.
         let mut uploads = JoinSet::new();
         let mut applied = group.store().watch();
+        let (mut looked, mut soon) = (Instant::now(), Instant::now());
+        // The newest request that a checkpoint is being made for.
+        let mut seen = group.shared().served.load(Ordering::Relaxed);
         // A leader of another term looks anew.
         while group.is_leader() && !group.is_fenced() && self.term(group) == term {
+            let (wanted, served) = (&group.shared().wanted, &group.shared().served);
             while let Some(done) = uploads.try_join_next() {
-                if !self.uploaded(group, done) {
-                    (uploaded, links) = (0, links.max(CHECKPOINT_LINKS));
+                match self.uploaded(group, done) {
+                    true => served.store(seen, Ordering::Relaxed),
+                    false => (uploaded, links) = (0, links.max(CHECKPOINT_LINKS)),
                 }
             }
-            if group.shared().wanted.swap(false, Ordering::Relaxed) {
+            // Asked for until it is there: this leader may end before.
+            let asked = wanted.load(Ordering::Relaxed);
+            if uploads.is_empty() && asked > seen {
+                seen = asked;
                 group.make_checkpoint().await;
-                // Not one of before.
-                uploaded = uploaded.max(tail.last_index().saturating_sub(1));
+                soon = Instant::now() + LOOK;
+                // Not one of before, but the same one again if nothing was written since.
+                uploaded = tail.last_index().saturating_sub(1);
                 links = links.max(CHECKPOINT_LINKS);
             }
             let state = applied.borrow_and_update().clone();
             if state.index() <= tail.last_index() {
-                let idle = tokio::time::timeout(LOOK, applied.changed()).await;
-                if idle.is_err() {
+                let due = links >= CHECKPOINT_LINKS;
+                let pause = match due && Instant::now() < soon {
+                    true => SOON,
+                    false => LOOK,
+                };
+                tokio::select! {
+                    _ = applied.changed() => continue,
+                    () = group.shared().asked.notified() => continue,
+                    () = tokio::time::sleep(pause) => {}
+                }
+                if looked.elapsed() >= LOOK {
                     self.look(group, &mut tail).await?;
-                    if links >= CHECKPOINT_LINKS
-                        && self.checkpoint(group, &known, &mut uploaded, &mut uploads)
-                    {
-                        (since_checkpoint, links) = (0, 0);
-                    }
+                    looked = Instant::now();
+                }
+                if due && self.checkpoint(group, &known, &mut uploaded, &mut uploads) {
+                    (since_checkpoint, links) = (0, 0);
                 }
                 continue;
             }

@@ -2,6 +2,7 @@
 //!
 //! `bootstrap.json` | `tenants/<id>/keys/<generation>` | `tenants/<id>/<incarnation>/chain/<n>` |
 //! `tenants/<id>/<incarnation>/checkpoints/<n>-<writer>` | `tenants/<id>/files/<hash>` |
+//! `tenants/<id>/<incarnation>/retired/<n>-<writer>` | `tenants/<id>/ledger/<n>` |
 //! `certificates/<id>.json`, while it is made `certificates/<id>.draft.json`
 
 use std::sync::Arc;
@@ -141,6 +142,14 @@ pub fn link_path(group: GroupId, number: u64) -> Path {
 pub fn checkpoints_dir(group: GroupId) -> Path {
     Path::from(format!(
         "tenants/{}/{:010}/checkpoints",
+        group.tenant, group.incarnation
+    ))
+}
+
+/// Manifests that retention took away; their files stay for a while.
+pub fn retired_dir(group: GroupId) -> Path {
+    Path::from(format!(
+        "tenants/{}/{:010}/retired",
         group.tenant, group.incarnation
     ))
 }

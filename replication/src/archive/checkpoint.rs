@@ -3,9 +3,11 @@
 //! Data first, manifest last. A file is uploaded once and named by the hash of its ciphertext; the
 //! manifest is authenticated with the region's archive key.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::Read;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
@@ -13,17 +15,26 @@ use kms::Secret;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, WriteMultipart};
 use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
 
 use super::bucket::{checkpoints_dir, file_path};
 use super::chain::{Chain, ChainError};
 use super::link::LinkError;
 use crate::engine::env::generation_of;
+use crate::failpoint::failpoint;
 use crate::machine::State;
 use crate::mvcc::digest::Digests;
 use crate::{GroupId, Position};
 
 pub const FORMAT: u32 = 1;
 const IN_FLIGHT: usize = 4;
+/// The longest that an upload may take: shorter than `COLLECT_AFTER`.
+const UPLOAD_WITHIN: Duration = Duration::from_secs(12 * 3600);
+/// A file that is younger is not about to go, even by a clock that is some hours off.
+const FRESH: Duration = Duration::from_secs(6 * 3600);
+/// What nothing in the bucket refers to goes after this.
+pub const COLLECT_AFTER: Duration = Duration::from_secs(24 * 3600);
+const _: () = assert!(FRESH.as_secs() + UPLOAD_WITHIN.as_secs() < COLLECT_AFTER.as_secs());
 /// Files above this go up in parts.
 const PART: usize = 8 << 20;
 
@@ -112,10 +123,28 @@ pub async fn read(chain: &Chain, object: &Path) -> Result<Manifest, ChainError> 
     })
 }
 
+/// Hashes of files that need no upload: those of the newest manifests that are there now, which keeps
+/// them there for longer than an upload may take. Others can be about to go, unless they are fresh.
+async fn known(chain: &Chain) -> Result<HashSet<String>, ChainError> {
+    let mut known = HashSet::new();
+    let incarnation = chain.group().incarnation;
+    for chain in [chain.clone(), chain.of(incarnation.saturating_sub(1))] {
+        for object in list(chain.bucket(), chain.group()).await?.iter().take(2) {
+            match read(&chain, object).await {
+                Ok(manifest) => known.extend(manifest.files.into_iter().map(|f| f.hash)),
+                Err(ChainError::Refused { .. } | ChainError::Missing(_)) => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+    Ok(known)
+}
+
 async fn upload_file(
     bucket: &Arc<dyn ObjectStore>,
     group: GroupId,
     (name, file): (String, File),
+    known: &HashSet<String>,
 ) -> Result<(ManifestFile, Option<u32>), ChainError> {
     let local = |e: std::io::Error| ChainError::Store {
         object: name.clone(),
@@ -145,7 +174,13 @@ async fn upload_file(
         cause,
     };
     match bucket.head(&object).await {
-        Ok(meta) if meta.size == file.length => return Ok((file, under)),
+        Ok(meta) if meta.size == file.length => {
+            // An upload that was cut short is gone on with.
+            let age = OffsetDateTime::now_utc().unix_timestamp() - meta.last_modified.timestamp();
+            if known.contains(&file.hash) || age.unsigned_abs() < FRESH.as_secs() {
+                return Ok((file, under));
+            }
+        }
         Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
         Err(e) => return Err(store(e)),
     }
@@ -166,15 +201,34 @@ async fn upload_file(
 /// Uploads the files of a checkpoint, then its manifest; answers that, with its files, and its name.
 pub async fn upload(
     chain: &Chain,
+    files: Vec<(String, File)>,
+    manifest: Manifest,
+) -> Result<(Path, Manifest), ChainError> {
+    let object = checkpoints_dir(manifest.group).to_string();
+    let uploaded = tokio::time::timeout(UPLOAD_WITHIN, upload_all(chain, files, manifest)).await;
+    uploaded.unwrap_or_else(|e| {
+        Err(ChainError::Store {
+            object,
+            cause: object_store::Error::Generic {
+                store: "upload",
+                source: Box::new(e),
+            },
+        })
+    })
+}
+
+async fn upload_all(
+    chain: &Chain,
     mut files: Vec<(String, File)>,
     mut manifest: Manifest,
 ) -> Result<(Path, Manifest), ChainError> {
     files.sort_by(|a, b| a.0.cmp(&b.0));
     let group = manifest.group;
     let bucket = chain.bucket();
+    let known = known(chain).await?;
     let uploads: Vec<_> = files
         .into_iter()
-        .map(|file| upload_file(bucket, group, file))
+        .map(|file| upload_file(bucket, group, file, &known))
         .collect();
     let uploaded: Vec<_> = futures::stream::iter(uploads)
         .buffered(IN_FLIGHT)
@@ -183,6 +237,7 @@ pub async fn upload(
     let oldest = uploaded.iter().filter_map(|(_, under)| *under).min();
     manifest.oldest = oldest.unwrap_or(0);
     manifest.files = uploaded.into_iter().map(|(file, _)| file).collect();
+    failpoint("checkpoint-files-uploaded");
     let writer = hex::encode(kms::secret::random_bytes::<8>());
     let object = checkpoints_dir(group).join(format!("{:020}-{writer}", manifest.link));
     let bytes = encode(chain.key(), &manifest);
@@ -193,6 +248,7 @@ pub async fn upload(
         object: object.to_string(),
         cause,
     })?;
+    failpoint("checkpoint-uploaded");
     Ok((object, manifest))
 }
 

@@ -63,7 +63,7 @@ pub async fn find(
     store: &Arc<dyn ObjectStore>,
     prefix: &str,
 ) -> Result<Vec<Destroyed>, String> {
-    each(config, store, prefix, &|_| false).await
+    each(config, store, prefix, &|_, _| false).await
 }
 
 /// Deletes every version of every object below `prefix`.
@@ -72,7 +72,7 @@ pub async fn destroy(
     store: &Arc<dyn ObjectStore>,
     prefix: &str,
 ) -> Result<Vec<Destroyed>, String> {
-    let gone = each(config, store, prefix, &|_| true).await?;
+    let gone = each(config, store, prefix, &|_, _| true).await?;
     sweep(config, prefix)?;
     Ok(gone)
 }
@@ -84,16 +84,31 @@ pub async fn destroy_some(
     prefix: &str,
     which: &(dyn Fn(&str) -> bool + Sync),
 ) -> Result<Vec<Destroyed>, String> {
-    let mut gone = each(config, store, prefix, which).await?;
+    let mut gone = each(config, store, prefix, &|object, _| which(object)).await?;
     gone.retain(|found| which(&found.object));
     Ok(gone)
 }
+
+/// Deletes the versions below `prefix` that `which` names, by object and when it was written, milliseconds
+/// since 1970; answers those that something keeps.
+pub async fn destroy_older(
+    config: &BucketConfig,
+    store: &Arc<dyn ObjectStore>,
+    prefix: &str,
+    which: &Which<'_>,
+) -> Result<Vec<Destroyed>, String> {
+    let mut gone = each(config, store, prefix, which).await?;
+    gone.retain(|found| !found.left.is_empty());
+    Ok(gone)
+}
+
+type Which<'a> = dyn Fn(&str, u64) -> bool + Sync + 'a;
 
 async fn each(
     config: &BucketConfig,
     store: &Arc<dyn ObjectStore>,
     prefix: &str,
-    delete: &(dyn Fn(&str) -> bool + Sync),
+    delete: &Which<'_>,
 ) -> Result<Vec<Destroyed>, String> {
     let url = Url::parse(&config.url).map_err(|e| e.to_string())?;
     match (url.scheme(), url.host_str(), &config.cloud_region) {
@@ -120,11 +135,122 @@ fn sweep(config: &BucketConfig, prefix: &str) -> Result<(), String> {
     }
 }
 
+/// An upload that was begun and not ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unfinished {
+    pub object: String,
+    /// The store's name for it; of a directory the file that was written.
+    id: String,
+    /// Milliseconds since 1970.
+    pub begun_ms: u64,
+}
+
+/// Uploads below `prefix` that are not finished.
+pub async fn unfinished(config: &BucketConfig, prefix: &str) -> Result<Vec<Unfinished>, String> {
+    let url = Url::parse(&config.url).map_err(|e| e.to_string())?;
+    let (Some(bucket), Some(declared)) = (url.host_str(), &config.cloud_region) else {
+        let root = url.to_file_path().map_err(|()| "the bucket's url")?;
+        let mut found = Vec::new();
+        staged(&root.join(prefix), &mut found).map_err(|e| e.to_string())?;
+        return Ok(found);
+    };
+    let client = client(declared, config.endpoint.as_deref()).await;
+    let root = match url.path().trim_matches('/') {
+        "" => String::new(),
+        root => format!("{root}/"),
+    };
+    let mut found = Vec::new();
+    let (mut key, mut upload) = (None, None);
+    loop {
+        let page = client
+            .list_multipart_uploads()
+            .bucket(bucket)
+            .prefix(format!("{root}{prefix}/"))
+            .set_key_marker(key)
+            .set_upload_id_marker(upload)
+            .send()
+            .await
+            .map_err(|e| format!("listing uploads: {}", DisplayErrorContext(e)))?;
+        found.extend(page.uploads().iter().filter_map(|upload| {
+            let begun = upload.initiated()?.to_millis().ok()?;
+            Some(Unfinished {
+                object: upload.key()?.into(),
+                id: upload.upload_id()?.into(),
+                begun_ms: begun.try_into().unwrap_or(0),
+            })
+        }));
+        (key, upload) = (
+            page.next_key_marker().map(String::from),
+            page.next_upload_id_marker().map(String::from),
+        );
+        if page.is_truncated() != Some(true) || key.is_none() {
+            return Ok(found);
+        }
+    }
+}
+
+/// What the store's library writes beside an object of a directory until it is whole: `NAME#NUMBER`.
+fn staged(dir: &std::path::Path, found: &mut Vec<Unfinished>) -> std::io::Result<()> {
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            staged(&entry.path(), found)?;
+            continue;
+        }
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let number = name.rsplit_once('#').map(|(_, number)| number);
+        if !number.is_some_and(|n| n.bytes().all(|c| c.is_ascii_digit())) {
+            continue;
+        }
+        // It may have been finished meanwhile.
+        let Ok(meta) = entry.metadata() else { continue };
+        let since = meta.modified()?.duration_since(std::time::UNIX_EPOCH);
+        found.push(Unfinished {
+            object: name,
+            id: entry.path().to_string_lossy().into_owned(),
+            begun_ms: since.unwrap_or_default().as_millis() as u64,
+        });
+    }
+    Ok(())
+}
+
+/// Has the store forget an upload, and what was uploaded of it.
+pub async fn give_up(config: &BucketConfig, upload: &Unfinished) -> Result<(), String> {
+    let url = Url::parse(&config.url).map_err(|e| e.to_string())?;
+    let (Some(bucket), Some(declared)) = (url.host_str(), &config.cloud_region) else {
+        return match std::fs::remove_file(&upload.id) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(format!("{}: {e}", upload.id))
+            }
+            _ => Ok(()),
+        };
+    };
+    let client = client(declared, config.endpoint.as_deref()).await;
+    let given_up = client
+        .abort_multipart_upload()
+        .bucket(bucket)
+        .key(&upload.object)
+        .upload_id(&upload.id)
+        .send()
+        .await;
+    match given_up {
+        Err(e) if e.as_service_error().and_then(|e| e.meta().code()) != Some("NoSuchUpload") => {
+            Err(format!("{}: {}", upload.object, DisplayErrorContext(e)))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// In a directory an object is a file, which has no versions.
 async fn each_file(
     store: &Arc<dyn ObjectStore>,
     prefix: &str,
-    delete: &(dyn Fn(&str) -> bool + Sync),
+    delete: &Which<'_>,
 ) -> Result<Vec<Destroyed>, String> {
     let dir = Path::from(prefix);
     let found: Vec<_> = store
@@ -134,7 +260,8 @@ async fn each_file(
         .map_err(|e| e.to_string())?;
     let mut gone = Vec::new();
     for object in found {
-        if delete(object.location.as_ref()) {
+        let at = object.last_modified.timestamp_millis().try_into();
+        if delete(object.location.as_ref(), at.unwrap_or(0)) {
             let deleted = store.delete(&object.location).await;
             deleted.map_err(|e| e.to_string())?;
         }
@@ -152,7 +279,7 @@ async fn each_version(
     bucket: &str,
     root: &str,
     prefix: &str,
-    delete: &(dyn Fn(&str) -> bool + Sync),
+    delete: &Which<'_>,
 ) -> Result<Vec<Destroyed>, String> {
     let root = match root.is_empty() {
         true => String::new(),
@@ -171,11 +298,13 @@ async fn each_version(
             .send()
             .await
             .map_err(|e| format!("listing versions: {}", DisplayErrorContext(e)))?;
-        let versions = page.versions().iter().map(|v| (v.key(), v.version_id()));
+        let versions = page.versions().iter();
+        let versions = versions.map(|v| (v.key(), v.version_id(), v.last_modified()));
         let markers = page.delete_markers().iter();
-        let all = versions.chain(markers.map(|m| (m.key(), m.version_id())));
+        let markers = markers.map(|m| (m.key(), m.version_id(), m.last_modified()));
+        let all = versions.chain(markers);
         let mut deletions = Vec::new();
-        for (key, version) in all.filter_map(|(key, version)| Some((key?, version))) {
+        for (key, version, at) in all.filter_map(|(key, version, at)| Some((key?, version, at))) {
             let object = key.strip_prefix(&root).unwrap_or(key).to_string();
             let entry = gone.entry(object.clone()).or_insert(Destroyed {
                 object: object.clone(),
@@ -183,7 +312,8 @@ async fn each_version(
                 left: String::new(),
             });
             entry.versions += 1;
-            if delete(&object) {
+            let at = at.and_then(|at| at.to_millis().ok()).unwrap_or(0);
+            if delete(&object, at.try_into().unwrap_or(0)) {
                 let kept = delete_version(client, bucket, key, version);
                 deletions.push(async move { kept.await.map(|kept| (object, kept)) });
             }

@@ -18,7 +18,7 @@ use openraft::raft::SnapshotResponse;
 use openraft::{BasicNode, Config, Raft, SnapshotPolicy};
 use parking_lot::Mutex;
 use thiserror::Error;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
 use super::network::{Network, ask_member};
@@ -124,8 +124,11 @@ pub struct Shared {
     min_voters: usize,
     fenced: AtomicBool,
     quarantined: AtomicBool,
-    /// A checkpoint in the bucket is asked for.
-    pub wanted: AtomicBool,
+    /// How often a checkpoint in the bucket was asked for, and up to which time one was made since.
+    pub wanted: AtomicU64,
+    pub served: AtomicU64,
+    /// Told when one is.
+    pub asked: Notify,
     /// This node was a voter at some time: its replica was filled.
     joined: AtomicBool,
     /// The term in which this node's archiver has looked whether the chain is closed.
@@ -278,7 +281,9 @@ impl Group {
             min_voters: given.min_voters,
             fenced: AtomicBool::new(false),
             quarantined: AtomicBool::new(false),
-            wanted: AtomicBool::new(false),
+            wanted: AtomicU64::new(0),
+            served: AtomicU64::new(0),
+            asked: Notify::new(),
             joined: AtomicBool::new(false),
             cleared: AtomicU64::new(0),
         });
@@ -539,7 +544,8 @@ impl Group {
 
     /// Asks for a checkpoint in the bucket: what a restore replays has become too much.
     pub fn want_checkpoint(&self) {
-        self.shared.wanted.store(true, Ordering::Relaxed);
+        self.shared.wanted.fetch_add(1, Ordering::Relaxed);
+        self.shared.asked.notify_one();
     }
 
     /// Asks for a checkpoint; it is made in the background, and not while the tenant is sealed.

@@ -17,6 +17,7 @@ use super::types::{
     encode_membership, log_id,
 };
 use crate::engine::Engine;
+use crate::failpoint::failpoint;
 use crate::machine::{Machine, State};
 
 /// How often a snapshot is tried of a tenant that was sealed before its first.
@@ -220,10 +221,12 @@ fn checkpoint(replica: &Replica, machine: &Machine, engine: Arc<Engine>) -> io::
     let _ = std::fs::remove_dir_all(&scratch);
     engine.checkpoint(&scratch)?;
     drop(engine);
+    failpoint("checkpoint-made");
     sync_dir(&scratch)?;
     // Apply goes on meanwhile: the checkpoint itself says where it stands.
     let (meta, state) = read_meta(&scratch, replica, machine.keys().clone())?;
     let path = replica.dir.set_snapshot(&scratch, &meta, &state)?;
+    failpoint("checkpoint-named");
     let snapshot = SnapshotDir { path, state };
     Ok(Snapshot { meta, snapshot })
 }

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use kms::{Secret, TenantKeys};
 use replication::GroupId;
 use replication::archive::chain::Chain;
+use replication::failpoint::failpoint;
 use replication::group::{Group, SnapshotDir};
 use replication::mvcc::digest::Digests;
 use replication::restore::{self, Plan, Point, Progress, Rebuilt, RestoreError, Restored, plan};
@@ -31,7 +32,6 @@ use tonic::codegen::BoxStream;
 
 use crate::directory::records::TenantRecord;
 use crate::directory::{Directory, DirectoryError};
-use crate::failpoint::failpoint;
 use crate::node::{Node, NodeState};
 use crate::proto::admin::RestoreEvent;
 use crate::tenant::RESTORE;

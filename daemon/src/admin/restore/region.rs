@@ -135,6 +135,15 @@ impl Run {
         // Nothing is left of one that is being destroyed, nor should it be brought back.
         tenants.retain(|t| !t.record.is_destroying() && !t.record.is_due());
         tenants.sort_by_key(|t| (t.record.tier, t.record.rto_ms));
+        for tenant in &tenants {
+            let event = RestoreEvent {
+                tenant: tenant.record.name.clone(),
+                phase: "waiting".into(),
+                deadline_ms: self.asked_ms + tenant.record.rto_ms,
+                ..RestoreEvent::default()
+            };
+            let _ = self.events.send(Ok(event)).await;
+        }
         let links = directory.links().map_err(|e| e.to_string())?;
         let links: Vec<LinkRecord> = links.into_iter().map(|found| found.record).collect();
         let at_once = Arc::new(Semaphore::new(limits::RESTORES));

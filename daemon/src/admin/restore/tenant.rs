@@ -103,6 +103,8 @@ impl Run {
             self.give_up(&directory, &current, &done.group).await;
             return Err(why);
         }
+        // What it began with may go with the window that it lies in.
+        done.group.want_checkpoint();
         let (revision, time_ms) = done.came_to;
         let said = format!(
             "it is as it was at revision {revision}, effective time {}; it goes on at revision {}, as incarnation {}",

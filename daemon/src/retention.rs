@@ -1,0 +1,142 @@
+//! Retention by itself: the archive of each tenant that this node leads is swept at intervals.
+//!
+//! No key of the tenant is needed: a sealed tenant's history goes as its contract says. A sweep is
+//! left to later while the tenant is restored, deleted, or moved to another key.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use replication::archive::checkpoint::COLLECT_AFTER;
+use replication::archive::retention::{self, Policy, Sweep};
+use replication::failpoint::failpoint;
+use tokio::time::Instant;
+
+use crate::directory::records::TenantRecord;
+use crate::node::Node;
+use crate::tenant::key::now_ms;
+
+const LOOK: Duration = Duration::from_secs(10);
+const EVERY: Duration = Duration::from_secs(3600);
+/// After one that did not come to its end.
+const AGAIN: Duration = Duration::from_secs(300);
+
+fn text(e: impl std::fmt::Display) -> String {
+    e.to_string()
+}
+
+/// Why a tenant's archive is left alone now; none if it is not.
+pub(crate) fn refusal(record: &TenantRecord) -> Option<String> {
+    if let Some(why) = record.withheld() {
+        return Some(why);
+    }
+    if !record.formed {
+        return Some("it holds nothing yet".into());
+    }
+    let task = record.key_task.as_ref();
+    task.map(|task| format!("{task} is under way"))
+}
+
+/// How long what nothing refers to is left; a test may have less.
+fn collect_after() -> Duration {
+    let given = std::env::var("HOLDFAST_TEST_COLLECT_AFTER_MS").ok();
+    let given = given.and_then(|ms| ms.parse().ok());
+    given.map_or(COLLECT_AFTER, Duration::from_millis)
+}
+
+impl Node {
+    /// Decides what of a tenant's archive goes, and deletes it unless this is a dry run. Also answers
+    /// what an Object Lock keeps.
+    pub async fn sweep(
+        &self,
+        record: &TenantRecord,
+        dry_run: bool,
+    ) -> Result<(Sweep, Vec<String>), String> {
+        if let Some(why) = refusal(record) {
+            return Err(format!("tenant {} is not swept: {why}", record.name));
+        }
+        let (bucket, config) = (&self.parts.bucket, &self.config.bucket);
+        let chain = self.chain(record)?;
+        let store_ms = retention::clock(config, bucket).await.map_err(text)?;
+        let policy = Policy {
+            keep: Duration::from_millis(record.keep_ms()),
+            checkpoints: record.keep_checkpoints(),
+            collect_after: collect_after(),
+        };
+        let at_ms = store_ms.min(now_ms());
+        let sweep = retention::decide(config, &chain, &policy, at_ms);
+        let sweep = sweep.await.map_err(text)?;
+        for object in &sweep.unreadable {
+            tracing::error!(tenant = %record.id, object, "ALARM: a manifest does not read: no file of the tenant is deleted while it is there");
+        }
+        if dry_run {
+            return Ok((sweep, Vec::new()));
+        }
+        self.unchanged(record).await?;
+        let left = retention::run(config, &chain, &sweep, &failpoint).await;
+        let left = left.map_err(text)?;
+        if !sweep.is_empty() {
+            tracing::info!(
+                tenant = %record.id,
+                links = sweep.links.len(),
+                checkpoints = sweep.retired.len(),
+                files = sweep.collected.len(),
+                unfinished = sweep.unfinished.len(),
+                bytes = sweep.bytes,
+                locked = left.len(),
+                "what the window does not need is deleted"
+            );
+        }
+        Ok((sweep, left))
+    }
+
+    /// The region must know the tenant as it was when the sweep was decided.
+    pub(crate) async fn unchanged(&self, record: &TenantRecord) -> Result<(), String> {
+        let directory = self.directory().ok_or("there is no directory yet")?;
+        directory.group().read_barrier().await.map_err(text)?;
+        let tenants = directory.tenants().map_err(text)?;
+        match tenants.iter().any(|t| t.record == *record) {
+            true => Ok(()),
+            false => Err(format!(
+                "the record of tenant {} was changed meanwhile; try again",
+                record.name
+            )),
+        }
+    }
+}
+
+pub async fn keep(node: Arc<Node>) {
+    let mut next: HashMap<_, Instant> = HashMap::new();
+    loop {
+        tokio::time::sleep(LOOK).await;
+        if node.is_restoring() {
+            continue;
+        }
+        for tenant in node.tenants.all() {
+            let record = tenant.record();
+            let Ok(group) = tenant.group() else { continue };
+            if !group.is_leader() || refusal(&record).is_some() {
+                continue;
+            }
+            // The first one at a time of its own, so that not all begin with the node.
+            let spread = EVERY * u32::from(record.id.0[0]) / 256;
+            let first = || Instant::now() + spread;
+            if Instant::now() < *next.entry(record.id).or_insert_with(first) {
+                continue;
+            }
+            let pause = match node.sweep(&record, false).await {
+                Ok((sweep, _)) => {
+                    if sweep.checkpoint_due {
+                        group.want_checkpoint();
+                    }
+                    EVERY
+                }
+                Err(why) => {
+                    tracing::warn!(tenant = %record.id, %why, "the archive is not swept; it is tried again");
+                    AGAIN
+                }
+            };
+            next.insert(record.id, Instant::now() + pause);
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! Scrub by itself: everything that is kept of a tenant is read back within a period, by a node that does
+//! not lead it; what is damaged is an alarm, and healed from the live replicas.
+//!
+//! A damaged checkpoint is retired first, so that its files are not referred to again, and then another
+//! one made: until that is there a restore replays more. A damaged link stays: the moments that it
+//! leads to are lost, and said to be.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use replication::archive::scrub::{self, Scrubbed};
+use tokio::time::Instant;
+
+use crate::directory::records::{EventKind, ScrubRecord, TenantRecord};
+use crate::drill;
+use crate::limits;
+use crate::node::Node;
+use crate::retention::refusal;
+use crate::tenant::key::now_ms;
+
+const LOOK: Duration = Duration::from_secs(10);
+/// After one that did not come to its end.
+const AGAIN: Duration = Duration::from_secs(600);
+
+fn text(e: impl std::fmt::Display) -> String {
+    e.to_string()
+}
+
+impl Node {
+    /// Reads everything back, and heals what can be: the newest state can be restored then.
+    pub async fn scrub(&self, record: &TenantRecord) -> Result<Scrubbed, String> {
+        let Ok(_one) = self.scrubbing.try_acquire() else {
+            return Err("a scrub is under way on this node: try again once it is done".into());
+        };
+        if let Some(why) = refusal(record) {
+            return Err(format!("tenant {} is not scrubbed: {why}", record.name));
+        }
+        let chain = self.chain(record)?;
+        let go_on = || !self.is_restoring();
+        let directory = self.directory().ok_or("the directory is not open")?;
+        let links = directory.links().map_err(text)?.into_iter();
+        let mut links = links.map(|found| found.record);
+        let known = links.find(|l| l.tenant == record.id && l.incarnation == record.incarnation);
+        let known = known.map_or(0, |l| l.link);
+        let scrubbed = scrub::scrub(&chain, known, limits::SCRUB_RATE, &go_on).await;
+        let scrubbed = scrubbed.map_err(text)?;
+        let scrubbed = scrubbed.ok_or("it was stopped by a restore")?;
+        self.unchanged(record).await?;
+        for damage in &scrubbed.damages {
+            tracing::error!(tenant = %record.id, %damage, "ALARM: the archive is damaged");
+            self.event(record, EventKind::ArchiveDamaged, damage.to_string());
+        }
+        if !scrubbed.damages.is_empty() {
+            let healed = self.heal(record, &scrubbed).await;
+            healed.map_err(|why| {
+                let damages: Vec<String> = scrubbed.damages.iter().map(text).collect();
+                format!("{}; it is not healed yet: {why}", damages.join("; "))
+            })?;
+        }
+        let done = ScrubRecord {
+            tenant: record.id,
+            at_ms: now_ms(),
+            objects: scrubbed.objects,
+            bytes: scrubbed.bytes,
+            damages: scrubbed.damages.len() as u64,
+        };
+        directory.put_scrub(&done).await.map_err(text)?;
+        Ok(scrubbed)
+    }
+
+    /// Has the archive begin anew from the live replicas.
+    async fn heal(&self, record: &TenantRecord, scrubbed: &Scrubbed) -> Result<(), String> {
+        let chain = self.chain(record)?;
+        let retired = scrub::retire(&chain, scrubbed).await;
+        retired.map_err(text)?;
+        let made = self.checkpoint(record).await?;
+        let wrong = scrub::check(&chain, &made.manifest).await.map_err(text)?;
+        if let Some(why) = wrong {
+            return Err(format!("the new checkpoint is damaged too: {why}"));
+        }
+        let said = format!(
+            "a new checkpoint at revision {} is in the bucket and whole: every moment from it on can be restored",
+            made.manifest.revision
+        );
+        tracing::info!(tenant = %record.id, "{said}");
+        self.event(record, EventKind::ArchiveHealed, said);
+        Ok(())
+    }
+}
+
+/// Which tenants are due, each once in the period, at a time of its own.
+pub async fn keep(node: Arc<Node>) {
+    let mut not_before: HashMap<_, Instant> = HashMap::new();
+    let every_ms = limits::SCRUB_EVERY.as_millis() as u64;
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let Some(scrubs) = node.directory().and_then(|d| d.scrubs().ok()) else {
+            continue;
+        };
+        for tenant in node.tenants.all() {
+            let record = tenant.record();
+            let last = scrubs.iter().find(|s| s.record.tenant == record.id);
+            // The first one a while after the tenant was made, or its key.
+            let last_ms = last.map_or(record.rotated_ms, |s| s.record.at_ms);
+            let held_up = not_before.get(&record.id);
+            if refusal(&record).is_some()
+                || held_up.is_some_and(|at| Instant::now() < *at)
+                || !drill::is_new_period(record.id, every_ms, last_ms, now_ms())
+                || !drill::is_ours(&node, &record)
+            {
+                continue;
+            }
+            if let Err(why) = node.scrub(&record).await {
+                tracing::warn!(tenant = %record.id, %why, "the archive is not scrubbed; it is tried again");
+                not_before.insert(record.id, Instant::now() + AGAIN);
+            }
+        }
+    }
+}
