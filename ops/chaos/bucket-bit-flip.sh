@@ -10,7 +10,7 @@ chain=eu/tenants/$id/0000000001/chain
 within 30 "the archive has ten links" s3 GET "holdfast/$chain/$(printf %020d 10)" -o /dev/null
 link=$chain/$(printf %020d 5)
 s3 GET "holdfast/$link" -o "$DIR/link"
-printf "\\x$(printf %02x $((0x$(xxd -s 40 -l 1 -p "$DIR/link") ^ 1)))" | dd of="$DIR/link" bs=1 seek=40 conv=notrunc status=none
+flip "$DIR/link" 40
 s3 PUT "holdfast/$link" --data-binary "@$DIR/link"
 step "a bit of link 5 is flipped"
 names_it() { hf drill run acme >"$DIR/drill" 2>&1; grep -q "chain/$(printf %020d 5)" "$DIR/drill"; }

@@ -7,8 +7,7 @@ region_start
 node_kill 3
 log=$(ls "$DIR"/node3/data/log/* | head -1)
 # Files of the log are allocated ahead: the beginning is written, with more behind it.
-at=5000
-printf "\\x$(printf %02x $((0x$(xxd -s $at -l 1 -p "$log") ^ 1)))" | dd of="$log" bs=1 seek=$at conv=notrunc status=none
+flip "$log" 5000
 step "a bit in the log of node 3 is flipped"
 node_start 3
 damaged() { grep -q 'damage' "$DIR/node3.log"; }

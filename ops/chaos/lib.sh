@@ -103,6 +103,12 @@ proxy_start() {
   BUCKET=$(head -1 "$DIR/proxy.log")
 }
 
+# flip FILE OFFSET: one bit of that byte.
+flip() {
+  local byte; byte=$(od -An -tu1 -j "$2" -N 1 "$1")
+  printf "\\x$(printf %02x $((byte ^ 1)))" | dd of="$1" bs=1 seek="$2" conv=notrunc status=none
+}
+
 hf() { timeout 120 "$BIN/holdfast" --config "$DIR/operator.toml" "$@"; }
 node_start() { start "node$1" "$DIR/node$1.log" ${WRAP[$1]:-} "$BIN/holdfastd" run --config "$DIR/node$1/node.toml"; }
 node_kill() { stop "node$1"; }
