@@ -64,7 +64,9 @@ impl Node {
             collect_after: collect_after(),
         };
         let at_ms = store_ms.min(now_ms());
-        let sweep = retention::decide(config, &chain, &policy, at_ms);
+        let directory = self.directory().ok_or("the directory is not open")?;
+        let known = directory.newest_link(record).map_err(text)?;
+        let sweep = retention::decide(config, &chain, &policy, known, at_ms);
         let sweep = sweep.await.map_err(text)?;
         for object in &sweep.unreadable {
             tracing::error!(tenant = %record.id, object, "ALARM: a manifest does not read: no file of the tenant is deleted while it is there");

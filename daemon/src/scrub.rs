@@ -39,10 +39,7 @@ impl Node {
         let chain = self.chain(record)?;
         let go_on = || !self.is_restoring();
         let directory = self.directory().ok_or("the directory is not open")?;
-        let links = directory.links().map_err(text)?.into_iter();
-        let mut links = links.map(|found| found.record);
-        let known = links.find(|l| l.tenant == record.id && l.incarnation == record.incarnation);
-        let known = known.map_or(0, |l| l.link);
+        let known = directory.newest_link(record).map_err(text)?;
         let scrubbed = scrub::scrub(&chain, known, limits::SCRUB_RATE, &go_on).await;
         let scrubbed = scrubbed.map_err(text)?;
         let scrubbed = scrubbed.ok_or("it was stopped by a restore")?;

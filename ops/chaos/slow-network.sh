@@ -5,7 +5,8 @@
 network_start
 minio_start
 region_start
-slow=$(others "$(leader)" | head -1)
+slow=$(others "$(leader)")
+slow=${slow%%$'\n'*}
 slow_down "$slow" 64kbit
 step "node $slow has 64 kbit/s"
 for _ in 1 2 3 4 5; do steady; sleep 1; done

@@ -145,6 +145,13 @@ impl Directory {
         self.list("/links/")
     }
 
+    /// The newest link of a tenant that the directory knows of; 0: none.
+    pub fn newest_link(&self, record: &TenantRecord) -> Result<u64, DirectoryError> {
+        let mut links = self.links()?.into_iter().map(|found| found.record);
+        let known = links.find(|l| l.tenant == record.id && l.incarnation == record.incarnation);
+        Ok(known.map_or(0, |l| l.link))
+    }
+
     /// The newest drill of each tenant.
     pub fn drills(&self) -> Result<Vec<Found<DrillRecord>>, DirectoryError> {
         self.list("/drills/")

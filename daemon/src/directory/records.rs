@@ -120,10 +120,10 @@ pub struct TenantRecord {
     #[serde(default)]
     pub max_unarchived_ms: u64,
     /// How far back every moment can be restored, milliseconds; the tier's if not given.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_ms: Option<u64>,
     /// The newest checkpoints, so many, stay in any case.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_checkpoints: Option<u32>,
 }
 

@@ -1,10 +1,10 @@
 //! `holdfast-oracle`: writes numbered values through etcd's protocol and keeps a record of each, then
 //! reads back and says whether anything that was acknowledged is lost.
 //!
-//! The record is a file of lines, `s KEY N` before a put is sent and `a KEY N MS` once it was
+//! The record is a file of lines, `s KEY N` before a put is sent and `a KEY N MS REVISION` once it was
 //! acknowledged (milliseconds since 1970), so that whoever dies leaves what it knew. A key is written by
-//! one writer, one put after the other: what it holds must be the newest acknowledged number, or one
-//! that was sent after it.
+//! one writer, one put after the other: what it holds must be the newest acknowledged number, or one that
+//! was not acknowledged and was applied after it. (A put whose answer did not come can be applied late.)
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -130,7 +130,10 @@ async fn write(
         record.line(&format!("s {key} {n}"))?;
         let put = to.put(key.as_str(), n.to_string(), None);
         match tokio::time::timeout(ANSWERS_WITHIN, put).await {
-            Ok(Ok(_)) => record.line(&format!("a {key} {n} {}", now_ms()))?,
+            Ok(Ok(done)) => {
+                let revision = done.header().map_or(0, |header| header.revision());
+                record.line(&format!("a {key} {n} {} {revision}", now_ms()))?;
+            }
             // Whether it was done is not known. Another node may serve.
             _ => {
                 client = None;
@@ -145,18 +148,20 @@ async fn write(
 /// What the record says of one key.
 #[derive(Default)]
 struct Known {
-    acknowledged: Option<u64>,
-    sent: Vec<u64>,
+    /// The newest, with its revision.
+    acknowledged: Option<(u64, u64)>,
+    /// Those of which no answer came.
+    unknown: Vec<u64>,
 }
 
 impl Known {
-    /// Whether the key may hold this.
-    fn allows(&self, found: Option<u64>) -> bool {
+    /// Whether the key may hold this number, of this revision.
+    fn allows(&self, found: Option<(u64, u64)>) -> bool {
         match (found, self.acknowledged) {
-            (Some(found), Some(last)) => {
-                found == last || (found > last && self.sent.contains(&found))
+            (Some((found, at)), Some((last, revision))) => {
+                found == last || (at > revision && self.unknown.contains(&found))
             }
-            (Some(found), None) => self.sent.contains(&found),
+            (Some((found, _)), None) => self.unknown.contains(&found),
             (None, acknowledged) => acknowledged.is_none(),
         }
     }
@@ -166,6 +171,8 @@ impl Known {
 struct Read {
     keys: BTreeMap<String, Known>,
     acknowledged: u64,
+    /// The greatest number that was sent.
+    last: u64,
     /// The longest time without any acknowledgement, in milliseconds.
     longest_pause: u64,
 }
@@ -182,10 +189,12 @@ fn read(path: &Path) -> Result<Read, String> {
             continue;
         };
         let known = read.keys.entry((*key).to_string()).or_default();
-        match (words[0], number(3)) {
-            ("s", _) => known.sent.push(n),
-            ("a", Some(ms)) => {
-                known.acknowledged = Some(n);
+        read.last = read.last.max(n);
+        match (words[0], number(3), number(4)) {
+            ("s", _, _) => known.unknown.push(n),
+            ("a", Some(ms), Some(revision)) => {
+                known.acknowledged = Some((n, revision));
+                known.unknown.retain(|sent| *sent != n);
                 read.acknowledged += 1;
                 let pause = last.map_or(0, |last| ms.saturating_sub(last));
                 read.longest_pause = read.longest_pause.max(pause);
@@ -197,11 +206,12 @@ fn read(path: &Path) -> Result<Read, String> {
     Ok(read)
 }
 
+/// The number that a key holds, and the revision that it was put at.
 async fn get(
     target: &Target,
     client: &mut Option<Client>,
     key: &str,
-) -> Result<Option<u64>, String> {
+) -> Result<Option<(u64, u64)>, String> {
     let deadline = Instant::now() + READ_WITHIN;
     let mut endpoint = 0;
     loop {
@@ -215,13 +225,12 @@ async fn get(
         if let Some(from) = client {
             match tokio::time::timeout(ANSWERS_WITHIN, from.get(key, None)).await {
                 Ok(Ok(found)) => {
-                    let value = found
-                        .kvs()
-                        .first()
-                        .map(|kv| kv.value_str().unwrap_or_default());
-                    return value
-                        .map(|value| value.parse().map_err(|_| format!("{key}: not a number")))
-                        .transpose();
+                    let Some(kv) = found.kvs().first() else {
+                        return Ok(None);
+                    };
+                    let number = kv.value_str().ok().and_then(|value| value.parse().ok());
+                    let number = number.ok_or_else(|| format!("{key} holds no number"))?;
+                    return Ok(Some((number, kv.mod_revision().unsigned_abs())));
                 }
                 Ok(Err(e)) => why = e.to_string(),
                 Err(_) => why = "no answer".into(),
@@ -269,8 +278,7 @@ async fn run(command: Command) -> Result<bool, String> {
         } => {
             // Above everything that was sent before: a newer number is a newer write.
             let known = read(&target.record).unwrap_or_default();
-            let sent = known.keys.values().flat_map(|known| &known.sent);
-            let first = sent.max().map_or(0, |last| last + 1);
+            let first = known.last + 1;
             let file = std::fs::OpenOptions::new()
                 .create(true)
                 .append(true)
@@ -316,28 +324,35 @@ mod tests {
     #[test]
     fn a_lost_write_and_one_that_nobody_made_are_found() {
         let known = Known {
-            acknowledged: Some(5),
-            sent: vec![1, 5, 9],
+            acknowledged: Some((5, 50)),
+            unknown: vec![3, 9],
         };
-        assert!(known.allows(Some(5)) && known.allows(Some(9)));
-        for wrong in [None, Some(1), Some(7)] {
+        // The newest, one after it, and one before it that was applied late.
+        for right in [(5, 50), (9, 90), (3, 60)] {
+            assert!(known.allows(Some(right)), "{right:?}");
+        }
+        // Nothing, an acknowledged one of before, nobody's, one that the newest replaced.
+        for wrong in [None, Some((1, 10)), Some((7, 70)), Some((3, 30))] {
             assert!(!known.allows(wrong), "{wrong:?}");
         }
         let unknown = Known {
             acknowledged: None,
-            sent: vec![1],
+            unknown: vec![1],
         };
-        assert!(unknown.allows(None) && unknown.allows(Some(1)) && !unknown.allows(Some(2)));
+        assert!(unknown.allows(None) && unknown.allows(Some((1, 1))));
+        assert!(!unknown.allows(Some((2, 1))));
     }
 
     #[test]
     fn a_record_that_is_cut_short_is_read() {
         let file = std::env::temp_dir().join(format!("oracle-{}", std::process::id()));
-        std::fs::write(&file, "s k 1\na k 1 100\ns k 2\na k 2 350\ns k 3\na k").unwrap();
+        let lines = "s k 1\na k 1 100 7\ns k 2\na k 2 350 8\ns k 3\na k";
+        std::fs::write(&file, lines).unwrap();
         let read = read(&file).unwrap();
         std::fs::remove_file(&file).unwrap();
         assert_eq!((read.acknowledged, read.longest_pause), (2, 250));
-        assert_eq!(read.keys["k"].acknowledged, Some(2));
-        assert_eq!(read.keys["k"].sent, [1, 2, 3]);
+        assert_eq!(read.last, 3);
+        assert_eq!(read.keys["k"].acknowledged, Some((2, 8)));
+        assert_eq!(read.keys["k"].unknown, [3]);
     }
 }

@@ -142,12 +142,16 @@ impl Archiver {
             }
             // Asked for until it is there: this leader may end before.
             let asked = wanted.load(Ordering::Relaxed);
-            if uploads.is_empty() && asked > seen {
+            let late = asked > served.load(Ordering::Relaxed) && Instant::now() >= soon;
+            if uploads.is_empty() && (asked > seen || late) {
+                if asked > seen {
+                    // Not one of before, but the same one again if nothing was written since.
+                    uploaded = tail.last_index().saturating_sub(1);
+                }
                 seen = asked;
+                // Again if it is late: one that was being made may have been too old.
                 group.make_checkpoint().await;
                 soon = Instant::now() + LOOK;
-                // Not one of before, but the same one again if nothing was written since.
-                uploaded = tail.last_index().saturating_sub(1);
                 links = links.max(CHECKPOINT_LINKS);
             }
             let state = applied.borrow_and_update().clone();

@@ -24,6 +24,7 @@ use super::holds::{self, Hold};
 use super::link::LinkError;
 use super::s3::{self, Unfinished};
 use super::window::{Candidate, Incarnation, Kept, SPACING_MS, keep};
+use crate::GroupId;
 
 const IN_FLIGHT: usize = 8;
 /// A restore that begins at the edge of the window has so much time to read it: this, or a part of
@@ -41,6 +42,10 @@ pub enum RetentionError {
         "a hold was placed or released meanwhile: no link and no file was deleted; sweep again"
     )]
     Held,
+    #[error(
+        "the newest state of group {0} cannot be restored from what is there: nothing is deleted; scrub the archive"
+    )]
+    Incomplete(GroupId),
 }
 
 /// What a tenant's contract says of its history.
@@ -57,8 +62,8 @@ pub struct Policy {
 /// What a sweep deletes, and what it does not.
 #[derive(Clone, Debug, Default)]
 pub struct Sweep {
-    /// When it was decided: what is newer stays.
-    pub decided_ms: u64,
+    /// A file that was uploaded since then stays, milliseconds since 1970.
+    older_ms: u64,
     /// Every moment since then can be restored, as far as the tenant is that old; ms since 1970.
     pub horizon_ms: u64,
     pub holds: Vec<Hold>,
@@ -193,6 +198,7 @@ async fn inventory(chain: &Chain) -> Result<Inventory, RetentionError> {
         };
         match own.read(1).await {
             Ok(first) => {
+                incarnation.begins = true;
                 incarnation.opening_ms = first.header.state.as_ref().map(|s| s.time_ms);
                 incarnation.base = first.header.base;
             }
@@ -253,11 +259,13 @@ async fn bridges(chain: &Chain, object: &Path) -> Result<bool, ChainError> {
     }
 }
 
-/// Decides what goes; `chain` is the tenant's newest, `now_ms` the lesser of the clocks.
+/// Decides what goes; `chain` is the tenant's newest, `known` the newest link that the directory knows
+/// of, `now_ms` the lesser of the clocks.
 pub async fn decide(
     config: &BucketConfig,
     chain: &Chain,
     policy: &Policy,
+    known: u64,
     now_ms: u64,
 ) -> Result<Sweep, RetentionError> {
     let (bucket, tenant) = (chain.bucket(), chain.group().tenant);
@@ -268,10 +276,16 @@ pub async fn decide(
     let held = holds.iter().map(|hold| hold.since_ms).min();
     let horizon_ms = now_ms.saturating_sub(window).min(held.unwrap_or(u64::MAX));
     let found = inventory(chain).await?;
+    if let Some((_, newest)) = found.incarnations.last_key_value() {
+        let restorable = newest.begins || newest.checkpoints.iter().any(|c| c.whole);
+        if newest.last < known || !restorable {
+            return Err(RetentionError::Incomplete(chain.group()));
+        }
+    }
     let kept = keep(&found.incarnations, horizon_ms, policy.checkpoints);
     let old = |at_ms: u64| at_ms + policy.collect_after.as_millis() as u64 <= now_ms;
     let mut sweep = Sweep {
-        decided_ms: now_ms,
+        older_ms: now_ms.saturating_sub(policy.collect_after.as_millis() as u64),
         horizon_ms,
         holds,
         ..Sweep::default()
@@ -308,15 +322,26 @@ pub async fn decide(
     for read in &found.newer {
         refer(read, &mut sweep.unreadable);
     }
+    let live: HashSet<&str> = found
+        .manifests
+        .iter()
+        .map(|(_, r)| r.object.as_ref())
+        .collect();
     for read in &found.retired {
         let before = read.object.as_ref().replace("/retired/", "/checkpoints/");
+        if live.contains(before.as_str()) {
+            // Its retirement was cut short: it is decided anew.
+            refer(read, &mut sweep.unreadable);
+            continue;
+        }
         sweep.remnants.push(before);
         match old(read.at_ms) {
             true => sweep.collected.push(read.object.to_string()),
             false => refer(read, &mut sweep.unreadable),
         }
     }
-    if sweep.unreadable.is_empty() {
+    // Without any manifest the files are all that there is: somebody has deleted too much.
+    if sweep.unreadable.is_empty() && !found.manifests.is_empty() {
         for file in &found.files {
             if old(ms(file)) && !listed.contains(file.location.as_ref()) {
                 sweep.bytes += file.size;
@@ -348,19 +373,13 @@ pub async fn run(
     moment: &(dyn Fn(&str) + Sync),
 ) -> Result<Vec<String>, RetentionError> {
     let (bucket, tenant) = (chain.bucket(), chain.group().tenant);
-    let tail = chain.tail().await?;
-    if let Some(closed) = tail.closed() {
-        return Err(ChainError::Closed(closed.incarnation).into());
-    }
+    undisturbed(chain, sweep).await?;
     moment("retention-begun");
     for object in &sweep.retired {
         retire(bucket, &Path::from(object.as_str())).await?;
     }
     moment("checkpoints-retired");
-    let entries = holds::entries(bucket, chain.key(), tenant).await?;
-    if holds::standing(&entries) != sweep.holds {
-        return Err(RetentionError::Held);
-    }
+    undisturbed(chain, sweep).await?;
     let all = [
         &sweep.links,
         &sweep.collected,
@@ -373,7 +392,7 @@ pub async fn run(
         let prefix = format!("tenants/{tenant}");
         // A file can have been uploaded anew since.
         let which = |object: &str, at_ms: u64| {
-            goes.contains(object) && (!object.contains("/files/") || at_ms <= sweep.decided_ms)
+            goes.contains(object) && (!object.contains("/files/") || at_ms <= sweep.older_ms)
         };
         let gone = s3::destroy_older(config, bucket, &prefix, &which).await;
         let kept = gone.map_err(RetentionError::Store)?;
@@ -388,6 +407,20 @@ pub async fn run(
         .into_iter()
         .map(|o| format!("{}: {}", o.object, o.left))
         .collect())
+}
+
+/// No restore has closed the chain, and no hold was placed, since the sweep was decided.
+async fn undisturbed(chain: &Chain, sweep: &Sweep) -> Result<(), RetentionError> {
+    let tail = chain.tail().await?;
+    if let Some(closed) = tail.closed() {
+        return Err(ChainError::Closed(closed.incarnation).into());
+    }
+    let tenant = chain.group().tenant;
+    let entries = holds::entries(chain.bucket(), chain.key(), tenant).await?;
+    match holds::standing(&entries) == sweep.holds {
+        true => Ok(()),
+        false => Err(RetentionError::Held),
+    }
 }
 
 /// Moves a manifest to where no restore looks for it.

@@ -241,7 +241,8 @@ impl Model {
             checkpoints: 2,
             collect_after,
         };
-        let sweep = decide(&self.config, &self.chain, &policy, now_ms).await;
+        let known = self.tail.number;
+        let sweep = decide(&self.config, &self.chain, &policy, known, now_ms).await;
         let sweep = sweep.unwrap();
         let left = run(&self.config, &self.chain, &sweep, &|_| {}).await;
         assert_eq!(left.unwrap(), Vec::<String>::new());
@@ -415,4 +416,58 @@ async fn a_checkpoint_that_leads_over_a_gap_stays() {
     let swept = model.sweep(model.time_ms, Duration::ZERO).await;
     assert_eq!(swept.retired, [made[1].clone()], "{made:?}");
     assert!(model.restorable(Point::Newest).await.is_some());
+}
+
+#[tokio::test]
+async fn a_retirement_that_was_cut_short_is_decided_anew() {
+    let mut model = Model::new(4);
+    for _ in 0..6 {
+        model.link().await;
+        model.checkpoint().await;
+    }
+    let (bucket, group) = (model.chain.bucket().clone(), model.chain.group());
+    let manifests = checkpoint::list(&bucket, group).await.unwrap();
+    // The newest lies in both places: whoever retired it died, and it is needed since.
+    let to = retired_dir(group).join(manifests[0].filename().unwrap());
+    let bytes = bucket.get(&manifests[0]).await.unwrap().bytes().await;
+    bucket.put(&to, bytes.unwrap().into()).await.unwrap();
+    model.sweep(u64::MAX / 2, Duration::ZERO).await;
+    let left = checkpoint::list(&bucket, group).await.unwrap();
+    assert!(left.contains(&manifests[0]), "{left:?}");
+    assert!(model.restorable(Point::Newest).await.is_some());
+}
+
+#[tokio::test]
+async fn nothing_goes_from_an_archive_that_cannot_be_restored() {
+    let mut model = Model::new(5);
+    for _ in 0..10 {
+        model.link().await;
+        model.checkpoint().await;
+    }
+    model.sweep(u64::MAX / 2, Duration::ZERO).await;
+    // Somebody deletes every manifest; the chain does not begin at its first link any more.
+    let (bucket, group) = (model.chain.bucket().clone(), model.chain.group());
+    for object in checkpoint::list(&bucket, group).await.unwrap() {
+        bucket.delete(&object).await.unwrap();
+    }
+    let policy = Policy {
+        keep: Duration::from_millis(KEEP),
+        checkpoints: 2,
+        collect_after: Duration::ZERO,
+    };
+    let known = model.tail.number;
+    let decided = decide(&model.config, &model.chain, &policy, known, u64::MAX / 2).await;
+    assert!(
+        matches!(decided, Err(RetentionError::Incomplete(_))),
+        "{decided:?}"
+    );
+    // Or the newest links.
+    let mut model = Model::new(6);
+    model.link().await;
+    let known = model.tail.number + 1;
+    let decided = decide(&model.config, &model.chain, &policy, known, u64::MAX / 2).await;
+    assert!(
+        matches!(decided, Err(RetentionError::Incomplete(_))),
+        "{decided:?}"
+    );
 }

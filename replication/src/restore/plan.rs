@@ -200,7 +200,8 @@ async fn checkpoint_before(
                     newest = Some(found);
                 }
             }
-            Ok(_) => {}
+            // Or retention took it away meanwhile.
+            Ok(_) | Err(ChainError::Missing(_)) => {}
             Err(e @ ChainError::Refused { .. }) => {
                 tracing::error!(error = %e, "a checkpoint's manifest is refused; an older one is used");
                 refused.get_or_insert(e);

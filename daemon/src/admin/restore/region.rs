@@ -245,6 +245,10 @@ impl Run {
                     revision: done.restored.state.revision,
                     digest_matches: true,
                 };
+                if aim.point != Point::Newest {
+                    // What it began with may go with the window that it lies in.
+                    done.group.want_checkpoint();
+                }
                 tracing::info!(tenant = %record.id, rto_ms = outcome.actual_rto_ms, "tenant is restored");
                 self.recovered.lock().push(Recovered {
                     rpo_ms: outcome.actual_rpo_ms,

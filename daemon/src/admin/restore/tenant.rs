@@ -41,9 +41,7 @@ impl Run {
         }
         // One that was withheld by a restore which died was waited for then.
         let settled = self.settle(&record).await? || record.restoring.is_some();
-        let links = directory.links().map_err(text)?;
-        let mut links = links.into_iter().map(|found| found.record);
-        let link = links.find(|l| l.tenant == record.id && l.incarnation == record.incarnation);
+        let known = directory.newest_link(&record).map_err(text)?;
         let keys = tenant::wrapped(&self.node.parts, &record).await;
         let archive_key = self.node.archive_key();
         let archive_key = archive_key.ok_or("the archive key is not known yet")?;
@@ -52,7 +50,7 @@ impl Run {
             first: record.group(),
             keys: Arc::new(keys.map_err(text)?),
             archive_key: &archive_key,
-            known: link.map_or(0, |l| l.link),
+            known,
             majority: record.placement.len() / 2 + 1,
             rpo: Duration::from_millis(record.rpo_ms),
             point,
