@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kms::TenantId;
-use replication::archive::chain::Chain;
 use replication::archive::survey::{Load, load};
 
 use replication::group::Group;
@@ -111,8 +110,7 @@ pub fn estimate(load: Load, drill: Option<&DrillRecord>) -> Estimate {
 impl Node {
     /// Estimates what a restore of a tenant would take now.
     pub async fn estimate(&self, record: &TenantRecord) -> Result<Estimate, String> {
-        let key = self.archive_key().ok_or("the archive key is not known")?;
-        let chain = Chain::new(self.parts.bucket.clone(), key, record.group());
+        let chain = self.chain(record)?;
         let found = load(&chain).await.map_err(|e| e.to_string())?;
         let directory = self.directory().ok_or("the directory is not open")?;
         let drills = directory.drills().map_err(|e| e.to_string())?;

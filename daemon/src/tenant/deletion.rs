@@ -13,7 +13,6 @@ use std::time::Duration;
 use kms::{KeyUri, Region, TenantId, WrappedKey, WrappedKeyError};
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload};
-use replication::archive::chain::Chain;
 use replication::archive::s3::{self, Destroyed};
 use replication::failpoint::failpoint;
 use replication::restore::{RestoreError, plan};
@@ -339,8 +338,7 @@ async fn erase_everywhere(
 
 /// Tries to restore the tenant; answers why that fails, or an error if it does not.
 async fn drill(node: &Node, record: &TenantRecord) -> Result<Drill, String> {
-    let key = node.archive_key().ok_or("the archive key is not known")?;
-    let chain = Chain::new(node.parts.bucket.clone(), key, record.group());
+    let chain = node.chain(record)?;
     let left = match plan::newest(&chain).await {
         Ok(plan) => format!(
             "{} and {} links that authenticate",

@@ -15,7 +15,6 @@ use std::time::Duration;
 
 use kms::{TenantId, WrappedKey};
 use parking_lot::Mutex;
-use replication::archive::chain::Chain;
 use replication::archive::rewriting::{RewriteError, begin, prove, shorten};
 use replication::archive::s3;
 use replication::failpoint::failpoint;
@@ -276,8 +275,7 @@ async fn begin_anew(
     stop: Arc<AtomicBool>,
 ) -> Result<(), String> {
     let parts = &node.parts;
-    let archive_key = node.archive_key().ok_or("the archive key is not known")?;
-    let chain = Chain::new(parts.bucket.clone(), archive_key, record.group());
+    let chain = node.chain(record)?;
     let snapshot = group.checkpoint().map_err(text)?;
     let files = snapshot.into_iter().flat_map(|found| found.files);
     let lengths = files.map(|(_, file)| file.metadata().map_or(0, |m| m.len()));

@@ -395,8 +395,7 @@ pub async fn run(
             goes.contains(object) && (!object.contains("/files/") || at_ms <= sweep.older_ms)
         };
         let gone = s3::destroy_older(config, bucket, &prefix, &which).await;
-        let kept = gone.map_err(RetentionError::Store)?;
-        left = kept.into_iter().filter(|o| !o.left.is_empty()).collect();
+        left = gone.map_err(RetentionError::Store)?;
     }
     moment("history-deleted");
     for upload in &sweep.unfinished {

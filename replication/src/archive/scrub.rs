@@ -2,7 +2,8 @@
 //!
 //! Invariants. What is said to be damaged or missing was read twice, and is still meant to be there: a
 //! store that does not answer is an error, not damage. Nothing is changed here but by `retire`, which
-//! takes a manifest whose checkpoint cannot be restored out of every restore's way.
+//! takes a manifest whose checkpoint cannot be restored out of every restore's way, and deletes the files
+//! that are damaged, so that no later checkpoint refers to them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
