@@ -3,19 +3,21 @@ export CARGO_TARGET_DIR ?= $(HOME)/.cache/holdfast/target
 CARGO = cargo --locked
 
 # advisories: known vulnerabilities of the libraries.
-.PHONY: demo demo-keys demo-recovery test chaos bench bench-keys bench-recovery check advisories build setup-build setup-test
+.PHONY: demo demo-keys demo-recovery test chaos bench bench-keys bench-recovery check advisories build setup-build setup-test setup-browser
 
 setup-build:
 	@tools/setup build
 setup-test:
 	@tools/setup test
+setup-browser:
+	@tools/setup browser
 build: setup-build
 	$(CARGO) build --release --workspace
 demo: build
 	$(CARGO_TARGET_DIR)/release/demo
 demo-keys: setup-test build
 	$(CARGO_TARGET_DIR)/release/demo_keys
-demo-recovery: setup-test build
+demo-recovery: setup-test setup-browser build
 	$(CARGO_TARGET_DIR)/release/demo_recovery
 test: setup-test build
 	# One at a time: each starts a region of processes on a machine of two cores.

@@ -53,6 +53,8 @@ pub const MAX_EVENTS: usize = 1000;
 /// Everything that is kept of a tenant is read back within this, at most so fast, in bytes a second.
 pub const SCRUB_EVERY: Duration = Duration::from_secs(7 * 24 * 3600);
 pub const SCRUB_RATE: u64 = 32 << 20;
+/// Days of a tenant's objectives that are kept.
+pub const OBJECTIVE_DAYS: u64 = 35;
 /// What a drill fetches a second, and its memory: a live tenant keeps its own.
 pub const DRILL_RATE: u64 = 64 << 20;
 pub const DRILL_BUFFERS: usize = 64 << 20;

@@ -14,6 +14,7 @@ use replication::archive::archiver::Report;
 use replication::archive::chain::Tail;
 use replication::engine::{Budget, Ciphering};
 use replication::group::Groups;
+use replication::group::replica::is_quarantined;
 use replication::log::NodeLog;
 use replication::network::{self, Hello, NodeTls, Peers};
 use replication::{GroupId, command};
@@ -27,7 +28,7 @@ use crate::directory::records::{LinkRecord, NodeRecord, TenantRecord};
 use crate::directory::{Directory, controller};
 use crate::drill;
 use crate::limits;
-use crate::objectives;
+use crate::objectives::{self, history::History};
 use crate::question::{Calls, PEER_CALL, Question};
 use crate::residency::BucketPlace;
 use crate::retention;
@@ -65,6 +66,7 @@ pub struct Node {
     /// Links made since the directory was last told.
     links: RwLock<BTreeMap<TenantId, LinkRecord>>,
     pub(crate) events: Pending,
+    pub(crate) history: History,
     pub(crate) bucket_place: RwLock<BucketPlace>,
     /// One restore at a time.
     pub restoring: Semaphore,
@@ -165,6 +167,7 @@ impl Node {
             archive_key: RwLock::new(None),
             links: RwLock::default(),
             events: Pending::default(),
+            history: History::default(),
             bucket_place: RwLock::default(),
             restoring: Semaphore::new(1),
             going_back: Semaphore::new(1),
@@ -272,9 +275,15 @@ impl Node {
         let archive_key = keys.archive_key();
         self.set_archive_key(archive_key.clone());
         // One voter is enough: a change is answered once it is in the bucket.
-        self.parts
+        let opened = self
+            .parts
             .open(id, Ok(keys), Duration::ZERO, archive_key, nothing, 1)
-            .await
+            .await;
+        opened.map_err(|why| match is_quarantined(&self.parts.replica_dir(id)) {
+            // Nothing rebuilds the directory, which says who is to be in a group.
+            true => format!("{why}, of the directory: remove the node's data directory, so that it comes back as a new node"),
+            false => why,
+        })
     }
 
     /// Opens the directory here and starts what watches it.
@@ -310,6 +319,8 @@ impl Node {
         self.spawn(async move { objectives::keep_rpo(own).await });
         let own = self.clone();
         self.spawn(async move { objectives::keep_rto(own).await });
+        let own = self.clone();
+        self.spawn(async move { objectives::history::keep(own).await });
         let own = self.clone();
         self.spawn(async move { retention::keep(own).await });
         let own = self.clone();

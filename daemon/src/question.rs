@@ -43,6 +43,8 @@ pub(crate) enum Question {
     Erase(TenantId),
     /// Destroy its copies of a tenant's generations before this one.
     Forget(TenantId, u32),
+    /// If you lead this group, take a member out whose replica is damaged.
+    RemoveMember(GroupId, u64),
     /// If you lead the tenant, upload a checkpoint; whether you do.
     Checkpoint(TenantId),
 }
@@ -75,7 +77,8 @@ impl Node {
     fn holds_here(&self, group: GroupId) -> Option<bool> {
         if let Some(open) = self.parts.groups.get(group) {
             let ended = open.is_quarantined() || open.is_fenced();
-            return Some(!ended && !open.status().voters.is_empty());
+            let empty = open.status().voters.is_empty() || open.is_filling();
+            return Some(!ended && !empty);
         }
         // A replica that is not open yet may hold everything.
         let dir = self.parts.replica_dir(group);
@@ -212,6 +215,9 @@ impl DaemonCalls for Calls {
             Question::Erase(tenant) => serde_json::to_vec(&node.erase(tenant).await?),
             Question::Forget(tenant, generation) => {
                 serde_json::to_vec(&node.forget_before(tenant, generation)?)
+            }
+            Question::RemoveMember(group, member) => {
+                serde_json::to_vec(&node.remove_member(group, member).await)
             }
             Question::Checkpoint(tenant) => serde_json::to_vec(&node.want_checkpoint_here(tenant)),
             Question::Key(tenant) => serde_json::to_vec(&node.key_report(tenant).await),

@@ -61,6 +61,9 @@ pub enum Command {
     },
     /// Every tenant's recovery objectives, contracted and now, the worst first.
     Objectives {
+        /// This tenant's in the last 35 days instead: the worst of each hour.
+        #[arg(long)]
+        history: Option<String>,
         #[arg(long)]
         json: bool,
     },
@@ -324,17 +327,24 @@ pub enum RestoreCommand {
         #[arg(long, value_parser = moment)]
         at: Option<u64>,
     },
-    /// Takes a tenant of a region that serves back to an earlier moment, in place: exactly, with
-    /// nothing of what came after.
-    #[command(group = clap::ArgGroup::new("point").required(true).args(["at", "revision"]))]
+    /// Takes a tenant of a region that serves back to an earlier moment: exactly, with nothing of
+    /// what came after. In place, or as a new tenant beside it, under a key of its own.
+    #[command(group = clap::ArgGroup::new("point").required(true).multiple(true).args(["at", "revision", "new"]))]
     Tenant {
         name: String,
         /// The state after the last write at or before this moment, such as 2026-11-22T10:00:00Z.
         #[arg(long, value_parser = moment)]
         at: Option<u64>,
         /// The state at this revision.
-        #[arg(long)]
+        #[arg(long, conflicts_with = "at")]
         revision: Option<i64>,
+        /// The name of a new tenant, which has tier, users and roles of this one; as it is now if no
+        /// moment is given. This one is not touched.
+        #[arg(long = "as", requires = "key")]
+        new: Option<String>,
+        /// The new tenant's key: local:NAME or arn:aws:kms:REGION:ACCOUNT:key/ID.
+        #[arg(long, requires = "new")]
+        key: Option<String>,
     },
 }
 

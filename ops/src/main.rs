@@ -35,7 +35,14 @@ async fn main() -> ExitCode {
             residency::certificate(&arguments.config, command).await
         }
         Command::Archive { command } => archive::run(&arguments.config, command).await,
-        Command::Objectives { json } => objectives::run(&arguments.config, json).await,
+        Command::Objectives {
+            history: Some(tenant),
+            json,
+        } => objectives::history(&arguments.config, tenant, json).await,
+        Command::Objectives {
+            history: None,
+            json,
+        } => objectives::run(&arguments.config, json).await,
         Command::Drill { command } => drill::run(&arguments.config, command).await,
         Command::Node => tenant::node(&arguments.config).await,
         Command::Disaster { command } => disaster::run(&arguments.config, command).await,

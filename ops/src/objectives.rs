@@ -4,7 +4,9 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use daemon::admin_client::OperatorConfig;
-use daemon::proto::admin::{ListObjectivesRequest, Objective};
+use daemon::proto::admin::{
+    ListObjectivesRequest, Objective, ObjectiveHistoryRequest, ObjectiveHour,
+};
 use replication::clock::utc;
 
 use crate::table;
@@ -40,6 +42,57 @@ pub async fn run(config: &Path, json: bool) -> Result<ExitCode, String> {
     Ok(match objectives.iter().all(met) {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
+    })
+}
+
+/// Prints the worst of each hour.
+pub async fn history(config: &Path, name: String, json: bool) -> Result<ExitCode, String> {
+    let mut client = OperatorConfig::load(config)?.connect().await?;
+    let request = ObjectiveHistoryRequest { name };
+    let found = client.objective_history(request).await.map_err(said)?;
+    let hours = found.into_inner().hours;
+    if json {
+        let rows: Vec<_> = hours.iter().map(hour).collect();
+        let text = serde_json::to_string_pretty(&rows).map_err(|e| e.to_string())?;
+        println!("{text}");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let estimated = |h: &ObjectiveHour| match h.rto_ms {
+        0 => "not yet".into(),
+        ms => table::duration(ms),
+    };
+    let rows = hours.iter().map(|h| {
+        vec![
+            utc(h.at_ms),
+            h.state.clone(),
+            table::duration(h.rpo_ms),
+            table::duration(h.rpo_contract_ms),
+            estimated(h),
+            table::duration(h.rto_contract_ms),
+        ]
+    });
+    table::print(
+        &[
+            "HOUR FROM",
+            "STATE",
+            "WORST RPO",
+            "RPO",
+            "WORST RTO ESTIMATED",
+            "RTO",
+        ],
+        &rows.collect::<Vec<_>>(),
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+fn hour(h: &ObjectiveHour) -> serde_json::Value {
+    serde_json::json!({
+        "at_ms": h.at_ms,
+        "state": h.state,
+        "rpo_ms": h.rpo_ms,
+        "rpo_contract_ms": h.rpo_contract_ms,
+        "rto_ms": h.rto_ms,
+        "rto_contract_ms": h.rto_contract_ms,
     })
 }
 

@@ -33,12 +33,20 @@ pub async fn run(config: &Path, command: RestoreCommand) -> Result<ExitCode, Str
             };
             show(client.restore_region(request).await).await?.finish()
         }
-        RestoreCommand::Tenant { name, at, revision } => {
+        RestoreCommand::Tenant {
+            name,
+            at,
+            revision,
+            new,
+            key,
+        } => {
             let mut client = holding(&operator, &name).await?;
             let request = RestoreTenantRequest {
                 name,
                 at_ms: at.unwrap_or(0),
                 revision: revision.unwrap_or(0),
+                new_name: new.unwrap_or_default(),
+                new_key: key.unwrap_or_default(),
             };
             let screen = show(client.restore_tenant(request).await).await?;
             let said = screen.said.ok_or("the node broke off; its log says why")?;

@@ -8,7 +8,7 @@ use anyhow::Result;
 use hdrhistogram::Histogram;
 use parking_lot::Mutex;
 
-use crate::region::Region;
+use crate::region::{Region, connect};
 
 pub const WRITERS: usize = 4;
 
@@ -31,7 +31,10 @@ impl Load {
         let mut tasks = Vec::new();
         for writer in 0..WRITERS {
             let mut client = region.client(tenant).await?;
-            let (stop, times) = (stop.clone(), times.clone());
+            let (stop, times, tenant) = (stop.clone(), times.clone(), tenant.to_string());
+            let endpoints: Vec<String> = (0..region.nodes.len())
+                .map(|n| region.client_address(n).to_string())
+                .collect();
             tasks.push(tokio::spawn(async move {
                 let mut acknowledged = 0;
                 while !stop.load(Ordering::Relaxed) {
@@ -44,7 +47,13 @@ impl Load {
                                 .lock()
                                 .saturating_record(began.elapsed().as_micros() as u64);
                         }
-                        Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+                        Err(_) => {
+                            tokio::time::sleep(Duration::from_millis(50)).await;
+                            // A login ends after a while.
+                            if let Ok(again) = connect(&endpoints, &tenant).await {
+                                client = again;
+                            }
+                        }
                     }
                 }
                 acknowledged

@@ -260,10 +260,10 @@ fn a_flip_at_every_byte_of_a_table_is_noticed_or_harmless() -> Result<()> {
     Ok(())
 }
 
-/// Row 13 in a region: a scan finds the damage, the replica stops, and the node comes back as a new
-/// one, with everything.
+/// Row 13 in a region: a scan finds the damage, the replica stops, and its peers fill a new one, while
+/// they serve the tenant; also if the node dies at a step of that, and is damaged before it starts.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_damaged_replica_is_found_and_replicated_again() -> Result<()> {
+async fn a_damaged_replica_is_found_and_rebuilt_from_its_peers() -> Result<()> {
     let mut region = Region::new()?;
     region.configure(|_, config| config.scan_every_s = Some(1))?;
     region.start_all()?;
@@ -280,11 +280,12 @@ async fn a_damaged_replica_is_found_and_replicated_again() -> Result<()> {
     let victim = (region.leader("acme").await? + 1) % 3;
     let id = region.tenant(victim, "acme").await?.id;
     // Compactions replace tables: those that stay for a while are hit.
-    let of_tenant = || {
-        let mut files = files_below(&region.nodes[victim].config.data_dir);
+    let data_dir = region.nodes[victim].config.data_dir.clone();
+    // A checkpoint's are the same files by another name: two flips would undo each other.
+    let engine = format!("{id}-1/engine-");
+    let of_tenant = move || {
+        let mut files = files_below(&data_dir);
         let table = |f: &Path| f.extension().is_some_and(|e| e == "sst");
-        // A checkpoint's are the same files by another name: two flips would undo each other.
-        let engine = format!("{id}-1/engine-");
         files.retain(|f| f.to_string_lossy().contains(&engine) && table(f));
         files.sort();
         files
@@ -300,42 +301,90 @@ async fn a_damaged_replica_is_found_and_replicated_again() -> Result<()> {
         }
     }
     // Under the running process, which has read none of it yet.
-    for table in &tables {
-        let file = std::fs::File::options()
-            .read(true)
-            .write(true)
-            .open(table)?;
-        let (middle, mut byte) = (file.metadata()?.len() / 2, [0u8]);
-        file.read_exact_at(&mut byte, middle)?;
-        file.write_all_at(&[byte[0] ^ 1], middle)?;
-    }
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !region
-        .tenant(victim, "acme")
-        .await
-        .is_ok_and(|t| t.problem.contains("damaged"))
-    {
-        ensure!(Instant::now() < deadline, "the damage is not found");
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
+    flip(&tables)?;
+    let writing = writes(region.client_at("acme", &[(victim + 1) % 3]).await?);
+    rebuilt(&region, victim, 1).await?;
     ensure!(
         region
             .log(victim)
             .contains("ALARM: a scan found this replica damaged"),
         "it was not the scan that found it"
     );
-    // A restart changes nothing; the others serve meanwhile.
-    region.nodes[victim].kill();
-    region.start(victim)?;
-    region.serving().await?;
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    let problem = region.tenant(victim, "acme").await?.problem;
-    ensure!(problem.contains("damaged"), "after a restart: {problem}");
-    let mut client = region.client_at("acme", &[(victim + 1) % 3]).await?;
-    client.put("while", "damaged", None).await?;
-    region.nodes[victim].kill();
-    std::fs::remove_dir_all(&region.nodes[victim].config.data_dir)?;
-    region.start(victim)?;
-    region.serving().await?;
-    region.same_everywhere("acme").await
+    let made = writing.await??;
+    println!("{made} writes were acknowledged while a replica was damaged and rebuilt");
+    region.same_everywhere("acme").await?;
+
+    // Damaged while it was down: found when it is opened. It dies at each step of being rebuilt.
+    for step in ["replica-removed", "replica-log-dropped"] {
+        region.nodes[victim].kill();
+        let manifests: Vec<PathBuf> = files_below(&region.nodes[victim].config.data_dir)
+            .into_iter()
+            .filter(|f| {
+                let path = f.to_string_lossy();
+                path.contains(&format!("{id}-1/engine-")) && path.contains("MANIFEST-")
+            })
+            .collect();
+        ensure!(!manifests.is_empty(), "{step}: no manifest");
+        flip(&manifests)?;
+        region.environment = vec![("HOLDFAST_TEST_KILL_AT".into(), step.into())];
+        region.start(victim)?;
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while region.nodes[victim].ended().is_none() {
+            ensure!(Instant::now() < deadline, "it was not killed at {step}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        region.nodes[victim].kill();
+        region.environment.clear();
+        let mut client = region.client_at("acme", &[(victim + 1) % 3]).await?;
+        client.put(format!("while/{step}"), "damaged", None).await?;
+        region.start(victim)?;
+        region.serving().await?;
+        rebuilt(&region, victim, 0).await?;
+        region.same_everywhere("acme").await?;
+    }
+    let events = region.operate(&["events", "--tenant", "acme"]).await?;
+    ensure!(
+        events.contains("replica-damaged") && events.contains("replica-rebuilt"),
+        "{events}"
+    );
+    Ok(())
+}
+
+/// Flips a bit in the middle of each file.
+fn flip(files: &[PathBuf]) -> Result<()> {
+    for file in files {
+        let file = std::fs::File::options().read(true).write(true).open(file)?;
+        let (middle, mut byte) = (file.metadata()?.len() / 2, [0u8]);
+        file.read_exact_at(&mut byte, middle)?;
+        file.write_all_at(&[byte[0] ^ 1], middle)?;
+    }
+    Ok(())
+}
+
+/// Writes for some seconds, each acknowledged within two; answers how many.
+fn writes(mut client: Client) -> tokio::task::JoinHandle<Result<u64>> {
+    tokio::spawn(async move {
+        let (began, mut made) = (Instant::now(), 0);
+        while began.elapsed() < Duration::from_secs(10) {
+            let put = client.put(format!("while/{made}"), "damaged", None);
+            tokio::time::timeout(Duration::from_secs(2), put).await??;
+            made += 1;
+        }
+        Ok(made)
+    })
+}
+
+/// Waits until a node says so often that its replica was filled again.
+async fn rebuilt(region: &Region, node: usize, times: usize) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let log = region.log(node);
+        let whole = region.tenant(node, "acme").await;
+        let whole = whole.is_ok_and(|t| t.problem.is_empty() && t.voters.len() == 3);
+        if whole && log.matches("kind=\"replica-rebuilt\"").count() >= times {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "it is not rebuilt");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
 }

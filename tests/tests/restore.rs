@@ -161,6 +161,56 @@ async fn damage_is_refused_by_name_and_others_are_restored() -> Result<()> {
     Ok(())
 }
 
+/// Row 21 for a checkpoint: one with a file that is missing or damaged is passed over by itself, for an
+/// older one and a longer log, and for the whole log where there is none.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_checkpoint_is_passed_over_for_an_older_one() -> Result<()> {
+    for (damage, checkpoints) in [("missing", 2), ("flipped", 1)] {
+        let mut region = filled().await?;
+        let id = region.tenant(0, "acme").await?.id;
+        let files = || {
+            let mut found = files_below(&region.bucket());
+            found.retain(|file| file.to_string_lossy().contains(&format!("/{id}/files/")));
+            found
+        };
+        let mut before = Vec::new();
+        for round in 0..checkpoints {
+            before = files();
+            let mut client = region.client("acme").await?;
+            client
+                .put(format!("round/{round}"), "written", None)
+                .await?;
+            region.archived("acme").await?;
+            region.operate(&["archive", "checkpoint", "acme"]).await?;
+        }
+        let newest = files().into_iter().filter(|file| !before.contains(file));
+        let victim = newest.max_by_key(|file| file.metadata().map_or(0, |m| m.len()));
+        let victim = victim.expect("the newest checkpoint has files of its own");
+        let name = victim.file_name().unwrap().to_string_lossy().into_owned();
+        match damage {
+            "missing" => std::fs::remove_file(&victim)?,
+            _ => {
+                let mut bytes = std::fs::read(&victim)?;
+                let middle = bytes.len() / 2;
+                bytes[middle] ^= 1;
+                std::fs::write(&victim, bytes)?;
+            }
+        }
+        let (ok, table) = region.lose_and_restore().await?;
+        ensure!(ok, "{damage}: {table}");
+        let log = region.log(0);
+        let passed_over = log.contains("a checkpoint cannot be used") && log.contains(&name);
+        ensure!(passed_over, "{damage}: the newest checkpoint was used");
+        let mut client = region.client("acme").await?;
+        check(&mut client, 100).await?;
+        for round in 0..checkpoints {
+            let found = client.get(format!("round/{round}"), None).await?;
+            ensure!(found.kvs().len() == 1, "{damage}: round/{round} is lost");
+        }
+    }
+    Ok(())
+}
+
 /// Rows 26 and 30 at restore: a key that is disabled, and another tenant's wrapped key.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tenant_whose_key_is_away_or_swapped_is_refused() -> Result<()> {

@@ -40,7 +40,7 @@ fn chain(found: &Survey) -> ArchiveChain {
         closed: found.closed,
         checkpoints: found.checkpoints.iter().map(checkpoint).collect(),
         behind_bytes: found.behind(),
-        whole: found.is_whole(),
+        whole: found.whole,
     }
 }
 

@@ -32,13 +32,35 @@ fn plain_name(what: &str, name: &str) -> Result<(), Status> {
     )))
 }
 
+/// The name and the KMS key of a tenant that is to be made.
+pub struct New {
+    pub name: String,
+    pub key: KeyUri,
+}
+
 impl AdminService {
+    /// A tenant that can be made here.
+    pub(super) async fn checked(&self, name: String, key: &str) -> Result<New, Status> {
+        plain_name("tenant", &name)?;
+        let invalid = |e: kms::KmsError| Status::invalid_argument(e.to_string());
+        let key: KeyUri = key.parse().map_err(invalid)?;
+        self.check_residency(&name, &key).await?;
+        let directory = self.directory()?;
+        let known = directory
+            .tenants()
+            .map_err(|e| Status::unavailable(e.to_string()))?;
+        if known.iter().any(|t| t.record.name == name) {
+            let why = format!("there is a tenant {name} already");
+            return Err(Status::already_exists(why));
+        }
+        Ok(New { name, key })
+    }
+
     /// Makes a tenant, with its key, placement and first user.
     pub(super) async fn create(
         &self,
         request: CreateTenantRequest,
     ) -> Result<TenantMessage, Status> {
-        plain_name("tenant", &request.name)?;
         if request.user.is_empty()
             || request.user.len() > limits::MAX_NAME
             || request.user.contains('@')
@@ -54,24 +76,11 @@ impl AdminService {
         }
         let tier: Tier = request.tier.parse().map_err(Status::invalid_argument)?;
         let (rpo, rto) = tier.defaults();
-        let key: KeyUri = request
-            .key
-            .parse()
-            .map_err(|e: kms::KmsError| Status::invalid_argument(e.to_string()))?;
         let region = self.0.config.region;
         let grace = keys::checked_grace(request.key_grace_s)?;
         let providers = &self.0.parts.providers;
-        self.check_residency(&request.name, &key).await?;
+        let New { name, key } = self.checked(request.name, &request.key).await?;
         let directory = self.directory()?;
-        let known = directory
-            .tenants()
-            .map_err(|e| Status::unavailable(e.to_string()))?;
-        if known.iter().any(|t| t.record.name == request.name) {
-            return Err(Status::already_exists(format!(
-                "there is a tenant {} already",
-                request.name
-            )));
-        }
         let placement = self.place(&directory).await?;
         let id = TenantId::random();
         let (wrapped, _) = WrappedKey::create(providers, &key, id, region)
@@ -85,7 +94,7 @@ impl AdminService {
             .await
             .map_err(|e| Status::unavailable(e.to_string()))?;
         let record = TenantRecord {
-            name: request.name.clone(),
+            name: name.clone(),
             id,
             incarnation: 1,
             tier,
@@ -121,7 +130,7 @@ impl AdminService {
             .put_tenant(&record, 0)
             .await
             .map_err(|e| Status::aborted(e.to_string()))?;
-        let tenant = self.opened(&request.name).await?;
+        let tenant = self.opened(&name).await?;
         let group = tenant.group().map_err(Status::unavailable)?;
         let password = request.password;
         let password_hash = tokio::task::spawn_blocking(move || hash_password(&password))

@@ -22,12 +22,12 @@ use crate::proto::admin::{
     Archive, ArchiveCheckpoint, ChangeKeyRequest, CreateTenantRequest, DeleteTenantRequest,
     DeleteTenantResponse, EventList, Hold, HoldArchiveRequest, ListArchiveRequest,
     ListDrillsRequest, ListEventsRequest, ListObjectivesRequest, ListTenantsRequest,
-    MakeCheckpointRequest, NodeStatusRequest, NodeStatusResponse, ObjectiveList,
-    ReleaseArchiveRequest, ReleaseArchiveResponse, ResidencyRequest, RestoreEvent,
-    RestoreRegionRequest, RestoreTenantRequest, RotateKeyRequest, RunDrillRequest,
-    ScrubArchiveRequest, ScrubArchiveResponse, SetTenantRequest, ShowCertificateRequest,
-    ShowTenantRequest, Statement, StatementList, SweepArchiveRequest, SweepArchiveResponse,
-    Tenant as TenantMessage, TenantList, UndeleteTenantRequest,
+    MakeCheckpointRequest, NodeStatusRequest, NodeStatusResponse, ObjectiveHistoryRequest,
+    ObjectiveHistoryResponse, ObjectiveList, ReleaseArchiveRequest, ReleaseArchiveResponse,
+    ResidencyRequest, RestoreEvent, RestoreRegionRequest, RestoreTenantRequest, RotateKeyRequest,
+    RunDrillRequest, ScrubArchiveRequest, ScrubArchiveResponse, SetTenantRequest,
+    ShowCertificateRequest, ShowTenantRequest, Statement, StatementList, SweepArchiveRequest,
+    SweepArchiveResponse, Tenant as TenantMessage, TenantList, UndeleteTenantRequest,
 };
 use crate::tenant::Tenant;
 
@@ -332,6 +332,15 @@ impl Admin for AdminService {
         Ok(Response::new(ReleaseArchiveResponse {}))
     }
 
+    async fn objective_history(
+        &self,
+        request: Request<ObjectiveHistoryRequest>,
+    ) -> Result<Response<ObjectiveHistoryResponse>, Status> {
+        self.operator(&request)?;
+        let name = request.into_inner().name;
+        Ok(Response::new(AdminService::objective_history(self, &name)?))
+    }
+
     async fn list_objectives(
         &self,
         request: Request<ListObjectivesRequest>,
@@ -366,15 +375,20 @@ impl Admin for AdminService {
         let point = match (request.at_ms, request.revision) {
             (at, 0) if at > 0 => Point::Time(at),
             (0, revision) if revision > 0 => Point::Revision(revision),
+            (0, 0) if !request.new_name.is_empty() => Point::Newest,
             _ => {
                 return Err(Status::invalid_argument(
                     "name a time or a revision, above 0, and not both",
                 ));
             }
         };
-        let asked = restore::Asked::Tenant {
-            name: request.name,
-            point,
+        let name = request.name;
+        let asked = match request.new_name.is_empty() {
+            true => restore::Asked::Tenant { name, point },
+            false => {
+                let new = self.checked(request.new_name, &request.new_key).await?;
+                restore::Asked::Copy { name, point, new }
+            }
         };
         Ok(Response::new(restore::start(self.0.clone(), asked)?))
     }

@@ -4,9 +4,9 @@ use futures::StreamExt;
 use tonic::Status;
 
 use super::AdminService;
-use crate::directory::records::DrillRecord;
+use crate::directory::records::{DrillRecord, HourRecord};
 use crate::objectives::Standing;
-use crate::proto::admin::{Objective, ObjectiveList};
+use crate::proto::admin::{Objective, ObjectiveHistoryResponse, ObjectiveHour, ObjectiveList};
 use crate::tenant::Tenant;
 
 /// Tenants whose archive is looked at at once.
@@ -33,6 +33,32 @@ impl AdminService {
         };
         objectives.sort_by(|a, b| worst(b).total_cmp(&worst(a)).then(a.tenant.cmp(&b.tenant)));
         Ok(ObjectiveList { objectives })
+    }
+
+    pub(super) fn objective_history(&self, name: &str) -> Result<ObjectiveHistoryResponse, Status> {
+        let tenant = self.0.tenants.get(name);
+        let tenant =
+            tenant.ok_or_else(|| Status::not_found(format!("there is no tenant {name}")))?;
+        let days = self.directory()?.objective_days(tenant.record().id);
+        let days = days.map_err(|e| Status::unavailable(e.to_string()))?;
+        let hours = days.into_iter().flat_map(|found| {
+            let day = found.record;
+            let of = move |hour: HourRecord| ObjectiveHour {
+                at_ms: (day.day * 24 + u64::from(hour.hour)) * 3_600_000,
+                rpo_ms: hour.rpo_ms,
+                rpo_contract_ms: hour.rpo_contract_ms,
+                rto_ms: hour.rto_ms,
+                rto_contract_ms: hour.rto_contract_ms,
+                state: Standing::of(hour.rpo_ms, hour.rpo_contract_ms)
+                    .max(Standing::of(hour.rto_ms, hour.rto_contract_ms))
+                    .name()
+                    .into(),
+            };
+            day.hours.into_iter().map(of)
+        });
+        let mut hours: Vec<ObjectiveHour> = hours.collect();
+        hours.sort_by_key(|hour| hour.at_ms);
+        Ok(ObjectiveHistoryResponse { hours })
     }
 
     async fn objective(&self, tenant: &Tenant, drill: Option<&DrillRecord>) -> Objective {

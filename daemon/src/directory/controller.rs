@@ -7,13 +7,14 @@ use std::time::Duration;
 use kms::lease::boottime;
 use kms::{TenantId, TenantKeys};
 use replication::engine::EngineError;
+use replication::group::replica::is_quarantined;
 use replication::group::{Group, ScanError};
 
 use super::Directory;
-use super::records::{NodeRecord, TenantRecord};
+use super::records::{EventKind, NodeRecord, TenantRecord};
 use crate::limits;
 use crate::node::Node;
-use crate::tenant::{Parts, Tenant, keeper, reason, wrapped};
+use crate::tenant::{Parts, Tenant, keeper, reason, rebuilding, wrapped};
 
 const RETRY: Duration = Duration::from_millis(500);
 const RECORDS: Duration = Duration::from_secs(2);
@@ -63,8 +64,14 @@ async fn open_tenant(node: Arc<Node>, tenant: Arc<Tenant>) {
     if !record.placement.contains(&node.config.name) {
         return tenant.set_group(Err("this node holds no replica of the tenant".into()));
     }
+    if record.incarnation == 0 {
+        let why = record.withheld();
+        return tenant.set_group(Err(why.unwrap_or("the tenant is not made yet".into())));
+    }
     let mut told = String::new();
-    while tenant.record().group() == id {
+    let dir = node.parts.replica_dir(id);
+    while !rebuilding::has_ended(&node, &tenant, id) {
+        let was_damaged = is_quarantined(&dir);
         match open_group(&node, &tenant).await {
             Ok(group) if tenant.record().group() == id => {
                 let sealed = group.sealed();
@@ -78,6 +85,15 @@ async fn open_tenant(node: Arc<Node>, tenant: Arc<Tenant>) {
             Ok(_) => return drop_older(&node, tenant.record().group()).await,
             Err(_) if tenant.record().group() != id => return,
             Err(why) => {
+                if !was_damaged && is_quarantined(&dir) {
+                    let detail = "a file of it is damaged; it is rebuilt from its peers".into();
+                    node.event(&record, EventKind::ReplicaDamaged, detail);
+                }
+                let why = match rebuilding::rebuild(&node, &tenant).await {
+                    Some(Ok(())) => continue,
+                    Some(Err(e)) => format!("{why}, and is not rebuilt from its peers yet: {e}"),
+                    None => why,
+                };
                 if why != told {
                     tracing::error!(tenant = %record.id, %why, "tenant cannot be opened; it is tried again");
                     told.clone_from(&why);
@@ -176,8 +192,21 @@ fn placed(directory: &Directory, record: &TenantRecord) -> Result<Vec<NodeRecord
 
 /// Chooses one node in each of three zones.
 pub fn place(directory: &Directory) -> Result<Vec<String>, String> {
+    chosen(directory, BTreeMap::new())
+}
+
+/// As `place`, with `node` among them.
+pub fn place_with(directory: &Directory, node: &NodeRecord) -> Result<Vec<String>, String> {
+    let own = BTreeMap::from([(node.zone.clone(), node.name.clone())]);
+    chosen(directory, own)
+}
+
+fn chosen(
+    directory: &Directory,
+    mut zones: BTreeMap<String, String>,
+) -> Result<Vec<String>, String> {
+    let own: Vec<String> = zones.values().cloned().collect();
     let nodes = directory.nodes().map_err(|e| e.to_string())?;
-    let mut zones: BTreeMap<String, String> = BTreeMap::new();
     for node in nodes {
         zones.entry(node.record.zone).or_insert(node.record.name);
     }
@@ -187,7 +216,8 @@ pub fn place(directory: &Directory) -> Result<Vec<String>, String> {
             zones.len()
         ));
     }
-    Ok(zones.into_values().take(3).collect())
+    let others = zones.into_values().filter(|name| !own.contains(name));
+    Ok(own.iter().cloned().chain(others).take(3).collect())
 }
 
 /// Keeps this node's record, and the newest links of the tenants that it leads.
@@ -309,7 +339,18 @@ pub async fn scan_replicas(node: Arc<Node>) {
             // Said before the others are asked: of two that do this at once neither goes on.
             group.set_quarantined(true);
             match e.is_damage() && others_hold(&node, &tenant.record()).await {
-                true => group.quarantine().await,
+                true => {
+                    let detail = format!("{e}; it is rebuilt from its peers");
+                    node.event(&tenant.record(), EventKind::ReplicaDamaged, detail);
+                    if !group.quarantine().await {
+                        continue;
+                    }
+                    rebuilding::let_go(&node, &tenant, &group).await;
+                    if tenant.record().group() == group.id() {
+                        let own = node.clone();
+                        node.spawn(async move { open_tenant(own, tenant).await });
+                    }
+                }
                 false => group.set_quarantined(false),
             }
         }

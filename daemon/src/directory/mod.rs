@@ -10,6 +10,7 @@ pub mod records;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use kms::TenantId;
 use replication::group::{Group, ProposeError};
 use replication::mvcc::check::Failed;
 use replication::proto::command::Command;
@@ -26,7 +27,8 @@ use thiserror::Error;
 
 use crate::limits;
 use records::{
-    DeletedRecord, DrillRecord, EventRecord, LinkRecord, NodeRecord, ScrubRecord, TenantRecord,
+    DeletedRecord, DrillRecord, EventRecord, LinkRecord, NodeRecord, ObjectiveRecord, ScrubRecord,
+    TenantRecord,
 };
 
 #[derive(Debug, Error)]
@@ -45,6 +47,17 @@ pub enum DirectoryError {
 pub struct Found<T> {
     pub record: T,
     pub modified: i64,
+}
+
+/// One key if there is no end.
+fn remove_range(key: String, end: String) -> RequestOp {
+    RequestOp {
+        request: Some(Request::RequestDeleteRange(DeleteRangeRequest {
+            key: key.into(),
+            range_end: end.into(),
+            ..DeleteRangeRequest::default()
+        })),
+    }
 }
 
 #[derive(Clone)]
@@ -172,6 +185,44 @@ impl Directory {
         }
     }
 
+    /// The days of a tenant's objectives that are kept, oldest first.
+    pub fn objective_days(
+        &self,
+        id: TenantId,
+    ) -> Result<Vec<Found<ObjectiveRecord>>, DirectoryError> {
+        self.list(&format!("/objectives/{id}/"))
+    }
+
+    pub fn objective_day(
+        &self,
+        id: TenantId,
+        day: u64,
+    ) -> Result<Option<Found<ObjectiveRecord>>, DirectoryError> {
+        let days = self.objective_days(id)?.into_iter();
+        Ok(days.into_iter().find(|found| found.record.day == day))
+    }
+
+    /// Records a day of a tenant's objectives, and forgets those before `limits::OBJECTIVE_DAYS`.
+    pub async fn put_objective_day(
+        &self,
+        day: &ObjectiveRecord,
+        modified: i64,
+    ) -> Result<(), DirectoryError> {
+        let of = |number: u64| format!("/objectives/{}/{number:06}", day.tenant);
+        let value = serde_json::to_vec(day)
+            .map_err(|e| DirectoryError::Malformed(of(day.day), e.to_string()))?;
+        let put = RequestOp {
+            request: Some(Request::RequestPut(PutRequest {
+                key: of(day.day).into(),
+                value: value.into(),
+                ..PutRequest::default()
+            })),
+        };
+        let first = day.day.saturating_sub(limits::OBJECTIVE_DAYS);
+        let forget = remove_range(of(0), of(first));
+        self.change(of(day.day), modified, vec![forget, put]).await
+    }
+
     /// The newest scrub of each tenant.
     pub fn scrubs(&self) -> Result<Vec<Found<ScrubRecord>>, DirectoryError> {
         self.list("/scrubs/")
@@ -195,12 +246,7 @@ impl Directory {
         modified: i64,
         deleted: &DeletedRecord,
     ) -> Result<(), DirectoryError> {
-        let remove = |key: String| RequestOp {
-            request: Some(Request::RequestDeleteRange(DeleteRangeRequest {
-                key: key.into(),
-                ..DeleteRangeRequest::default()
-            })),
-        };
+        let remove = |key: String| remove_range(key, String::new());
         let key = format!("/deleted/{}-{}", deleted.name, deleted.id);
         let value = serde_json::to_vec(deleted)
             .map_err(|e| DirectoryError::Malformed(key.clone(), e.to_string()))?;
@@ -217,6 +263,11 @@ impl Directory {
             remove(format!("/links/{}", record.id)),
             remove(format!("/drills/{}", record.id)),
             remove(format!("/scrubs/{}", record.id)),
+            remove_range(
+                format!("/objectives/{}/", record.id),
+                // '0' follows '/'.
+                format!("/objectives/{}0", record.id),
+            ),
             note,
         ];
         self.change(tenant, modified, changes).await

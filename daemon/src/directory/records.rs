@@ -146,6 +146,38 @@ pub struct DrillRecord {
     pub evidence: String,
 }
 
+/// A day of a tenant's objectives.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ObjectiveRecord {
+    pub tenant: TenantId,
+    /// Days since 1970.
+    pub day: u64,
+    pub hours: Vec<HourRecord>,
+}
+
+/// The worst of an hour, in milliseconds, beside what was contracted then. An estimate of 0 was not made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HourRecord {
+    /// Of the day, UTC.
+    pub hour: u8,
+    pub rpo_ms: u64,
+    pub rpo_contract_ms: u64,
+    pub rto_ms: u64,
+    pub rto_contract_ms: u64,
+}
+
+impl HourRecord {
+    /// Takes what is worse in `other`, and its contract: the newer one.
+    pub fn take_worse(&mut self, other: &HourRecord) {
+        self.rpo_ms = self.rpo_ms.max(other.rpo_ms);
+        self.rto_ms = self.rto_ms.max(other.rto_ms);
+        self.rpo_contract_ms = other.rpo_contract_ms;
+        self.rto_contract_ms = other.rto_contract_ms;
+    }
+}
+
 /// The newest scrub of a tenant.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -324,6 +356,9 @@ pub enum EventKind {
     ResidencyRefused,
     /// It was taken back to an earlier moment.
     Restored,
+    /// A node's replica is damaged; it is rebuilt from its peers, and is whole again.
+    ReplicaDamaged,
+    ReplicaRebuilt,
     /// An object of its archive is damaged or missing; the archive is whole from a checkpoint on again.
     ArchiveDamaged,
     ArchiveHealed,
@@ -356,6 +391,8 @@ impl EventKind {
             EventKind::Rewritten => "rewritten",
             EventKind::ResidencyRefused => "residency-refused",
             EventKind::Restored => "restored",
+            EventKind::ReplicaDamaged => "replica-damaged",
+            EventKind::ReplicaRebuilt => "replica-rebuilt",
             EventKind::ArchiveDamaged => "archive-damaged",
             EventKind::ArchiveHealed => "archive-healed",
             EventKind::HoldPlaced => "hold-placed",

@@ -21,7 +21,7 @@ use object_store::path::Path as ObjectPath;
 use object_store::{PutMode, PutPayload};
 use parking_lot::Mutex;
 use replication::archive::chain::Chain;
-use replication::engine::{Budget, Ciphering};
+use replication::engine::Budget;
 use replication::group::Group;
 use replication::mvcc::digest::Digests;
 use replication::proto::etcdserverpb::RangeRequest;
@@ -229,11 +229,7 @@ impl Place {
             }
             !stop.load(Ordering::Relaxed)
         });
-        let budget = Budget::new(
-            limits::DRILL_BUFFERS,
-            limits::DRILL_CACHE,
-            Ciphering::Encrypted,
-        );
+        let budget = Budget::passing(limits::DRILL_BUFFERS, limits::DRILL_CACHE);
         let keys = self.keys.clone();
         let rebuilt = restore::rebuild(chain, plan, keys, budget, &self.dir, report).await;
         for (name, at) in [("fetched", *fetched.lock()), ("replayed", *replayed.lock())] {

@@ -338,7 +338,8 @@ async fn erase_everywhere(
 
 /// Tries to restore the tenant; answers why that fails, or an error if it does not.
 async fn drill(node: &Node, record: &TenantRecord) -> Result<Drill, String> {
-    let chain = node.chain(record)?;
+    // One that was never made has no other.
+    let chain = node.chain(record)?.of(record.incarnation.max(1));
     let left = match plan::newest(&chain).await {
         Ok(plan) => format!(
             "{} and {} links that authenticate",

@@ -61,7 +61,7 @@ pub async fn keep(node: Arc<Node>, tenant: Arc<Tenant>, group: Arc<Group>) {
             // It may be withdrawn.
             sleep(QUARANTINE).await;
             if group.is_quarantined() {
-                group.seal("this replica is damaged").await;
+                break;
             }
             continue;
         }

@@ -3,6 +3,7 @@
 pub mod deletion;
 pub mod keeper;
 pub mod key;
+pub mod rebuilding;
 pub mod rewriting;
 pub mod rotation;
 

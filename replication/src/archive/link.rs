@@ -79,6 +79,16 @@ pub struct Header {
     pub base: Option<Base>,
 }
 
+impl Header {
+    /// Whether what leads to it is in no link but only in a checkpoint: entries that were purged before
+    /// they were archived, or the state of the tenant that this one is a copy of. (Not asked of a link
+    /// that repeats where the one before it ended.)
+    pub fn is_gap(&self) -> bool {
+        let bare = self.entries == 0 && self.closed.is_none() && self.base.is_none();
+        bare && self.last.is_some()
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LinkState {

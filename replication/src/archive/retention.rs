@@ -198,7 +198,7 @@ async fn inventory(chain: &Chain) -> Result<Inventory, RetentionError> {
         };
         match own.read(1).await {
             Ok(first) => {
-                incarnation.begins = true;
+                incarnation.begins = !first.header.is_gap();
                 incarnation.opening_ms = first.header.state.as_ref().map(|s| s.time_ms);
                 incarnation.base = first.header.base;
             }

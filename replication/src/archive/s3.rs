@@ -46,6 +46,39 @@ async fn client(cloud_region: &str, endpoint: Option<&str>) -> Client {
     Client::from_conf(config.build())
 }
 
+/// A bucket of S3, and where in it the region's objects lie.
+pub(super) struct S3 {
+    pub client: Client,
+    pub bucket: String,
+    /// Empty, or it ends with `/`.
+    root: String,
+}
+
+/// The bucket, if it is not a directory.
+pub(super) async fn opened(config: &BucketConfig) -> Result<Option<S3>, String> {
+    let url = Url::parse(&config.url).map_err(|e| e.to_string())?;
+    let ("s3", Some(bucket), Some(declared)) = (url.scheme(), url.host_str(), &config.cloud_region)
+    else {
+        return Ok(None);
+    };
+    let root = url.path().trim_matches('/');
+    Ok(Some(S3 {
+        client: client(declared, config.endpoint.as_deref()).await,
+        bucket: bucket.to_string(),
+        root: match root.is_empty() {
+            true => String::new(),
+            false => format!("{root}/"),
+        },
+    }))
+}
+
+/// The directory that is the bucket.
+fn directory(config: &BucketConfig) -> Result<std::path::PathBuf, String> {
+    let url = Url::parse(&config.url).map_err(|e| e.to_string())?;
+    let none = |()| format!("bucket url \"{}\" names no directory", config.url);
+    url.to_file_path().map_err(none)
+}
+
 /// An object that was deleted with all its versions, or not.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -73,7 +106,9 @@ pub async fn destroy(
     prefix: &str,
 ) -> Result<Vec<Destroyed>, String> {
     let gone = each(config, store, prefix, &|_, _| true).await?;
-    sweep(config, prefix)?;
+    if opened(config).await?.is_none() {
+        sweep(&directory(config)?.join(prefix))?;
+    }
     Ok(gone)
 }
 
@@ -110,28 +145,19 @@ async fn each(
     prefix: &str,
     delete: &Which<'_>,
 ) -> Result<Vec<Destroyed>, String> {
-    let url = Url::parse(&config.url).map_err(|e| e.to_string())?;
-    match (url.scheme(), url.host_str(), &config.cloud_region) {
-        ("s3", Some(bucket), Some(declared)) => {
-            let client = client(declared, config.endpoint.as_deref()).await;
-            let root = url.path().trim_matches('/');
-            each_version(&client, bucket, root, prefix, delete).await
-        }
-        _ => each_file(store, prefix, delete).await,
+    match opened(config).await? {
+        Some(s3) => each_version(&s3, prefix, delete).await,
+        None => each_file(store, prefix, delete).await,
     }
 }
 
 /// What a process that died in the middle of a write left beside the objects of a directory; the
 /// store's library does not list it.
-fn sweep(config: &BucketConfig, prefix: &str) -> Result<(), String> {
-    let url = Url::parse(&config.url).map_err(|e| e.to_string())?;
-    let Ok(root) = url.to_file_path() else {
-        return Ok(());
-    };
-    match std::fs::remove_dir_all(root.join(prefix)) {
+fn sweep(dir: &std::path::Path) -> Result<(), String> {
+    match std::fs::remove_dir_all(dir) {
         Ok(()) => Ok(()),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(e) => Err(format!("{}: {e}", root.join(prefix).display())),
+        Err(e) => Err(format!("{}: {e}", dir.display())),
     }
 }
 
@@ -147,25 +173,19 @@ pub struct Unfinished {
 
 /// Uploads below `prefix` that are not finished.
 pub async fn unfinished(config: &BucketConfig, prefix: &str) -> Result<Vec<Unfinished>, String> {
-    let url = Url::parse(&config.url).map_err(|e| e.to_string())?;
-    let (Some(bucket), Some(declared)) = (url.host_str(), &config.cloud_region) else {
-        let root = url.to_file_path().map_err(|()| "the bucket's url")?;
-        let mut found = Vec::new();
-        staged(&root.join(prefix), &mut found).map_err(|e| e.to_string())?;
+    let mut found = Vec::new();
+    let Some(s3) = opened(config).await? else {
+        let dir = directory(config)?.join(prefix);
+        staged(&dir, &mut found).map_err(|e| e.to_string())?;
         return Ok(found);
     };
-    let client = client(declared, config.endpoint.as_deref()).await;
-    let root = match url.path().trim_matches('/') {
-        "" => String::new(),
-        root => format!("{root}/"),
-    };
-    let mut found = Vec::new();
     let (mut key, mut upload) = (None, None);
     loop {
-        let page = client
+        let page = s3
+            .client
             .list_multipart_uploads()
-            .bucket(bucket)
-            .prefix(format!("{root}{prefix}/"))
+            .bucket(&s3.bucket)
+            .prefix(format!("{}{prefix}/", s3.root))
             .set_key_marker(key)
             .set_upload_id_marker(upload)
             .send()
@@ -221,8 +241,7 @@ fn staged(dir: &std::path::Path, found: &mut Vec<Unfinished>) -> std::io::Result
 
 /// Has the store forget an upload, and what was uploaded of it.
 pub async fn give_up(config: &BucketConfig, upload: &Unfinished) -> Result<(), String> {
-    let url = Url::parse(&config.url).map_err(|e| e.to_string())?;
-    let (Some(bucket), Some(declared)) = (url.host_str(), &config.cloud_region) else {
+    let Some(s3) = opened(config).await? else {
         return match std::fs::remove_file(&upload.id) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                 Err(format!("{}: {e}", upload.id))
@@ -230,10 +249,10 @@ pub async fn give_up(config: &BucketConfig, upload: &Unfinished) -> Result<(), S
             _ => Ok(()),
         };
     };
-    let client = client(declared, config.endpoint.as_deref()).await;
-    let given_up = client
+    let given_up = s3
+        .client
         .abort_multipart_upload()
-        .bucket(bucket)
+        .bucket(&s3.bucket)
         .key(&upload.object)
         .upload_id(&upload.id)
         .send()
@@ -274,17 +293,12 @@ async fn each_file(
     Ok(gone)
 }
 
-async fn each_version(
-    client: &Client,
-    bucket: &str,
-    root: &str,
-    prefix: &str,
-    delete: &Which<'_>,
-) -> Result<Vec<Destroyed>, String> {
-    let root = match root.is_empty() {
-        true => String::new(),
-        false => format!("{root}/"),
-    };
+async fn each_version(s3: &S3, prefix: &str, delete: &Which<'_>) -> Result<Vec<Destroyed>, String> {
+    let S3 {
+        client,
+        bucket,
+        root,
+    } = s3;
     let mut gone: BTreeMap<String, Destroyed> = BTreeMap::new();
     let mut marker: Option<(String, Option<String>)> = None;
     loop {
@@ -305,7 +319,7 @@ async fn each_version(
         let all = versions.chain(markers);
         let mut deletions = Vec::new();
         for (key, version, at) in all.filter_map(|(key, version, at)| Some((key?, version, at))) {
-            let object = key.strip_prefix(&root).unwrap_or(key).to_string();
+            let object = key.strip_prefix(root.as_str()).unwrap_or(key).to_string();
             let entry = gone.entry(object.clone()).or_insert(Destroyed {
                 object: object.clone(),
                 versions: 0,

@@ -157,6 +157,13 @@ impl Reading<'_> {
         let numbers = chain.numbers(0).await?;
         let first = numbers.first().copied().unwrap_or(1);
         let last = numbers.last().copied().unwrap_or(0).max(known);
+        // Whether the whole log can be replayed without a checkpoint.
+        let begins = match chain.read(1).await {
+            Ok(link) => !link.header.is_gap(),
+            // Read again, and named, below.
+            Err(ChainError::Missing(_) | ChainError::Refused { .. }) => first == 1,
+            Err(e) => return Err(e),
+        };
         // Link and time of the checkpoints that can be restored, and those that cannot.
         let mut whole: BTreeMap<u64, u64> = BTreeMap::new();
         let mut bad: Vec<(Path, u64, String)> = Vec::new();
@@ -172,8 +179,9 @@ impl Reading<'_> {
                 Err(why) => bad.push((object, link, why)),
             }
         }
+        let none_listed = whole.is_empty() && bad.is_empty();
         for (object, link, what) in bad {
-            let before = whole.range(..=link).next().is_some() || first == 1;
+            let before = whole.range(..=link).next().is_some() || begins;
             let lost = (!before).then(|| {
                 let until = whole.values().next().copied().unwrap_or(u64::MAX);
                 (0, until)
@@ -186,11 +194,10 @@ impl Reading<'_> {
             });
         }
         let oldest = whole.keys().next().copied();
-        if known > 0 && oldest.is_none() && first != 1 {
+        if known > 0 && none_listed && !begins {
             self.scrubbed.damages.push(Damage {
                 object: checkpoints_dir(chain.group()).to_string(),
-                what: "no checkpoint is there, and the chain does not begin at its first link"
-                    .into(),
+                what: "no checkpoint is there, and the log alone leads nowhere".into(),
                 lost: Some((0, u64::MAX)),
             });
         }

@@ -31,6 +31,8 @@ pub struct Survey {
     /// Number, size in bytes and time of each link, in order.
     pub links: Vec<(u64, u64, u64)>,
     pub closed: bool,
+    /// Its first link is there, and what leads to it: every moment since can be restored.
+    pub whole: bool,
     /// Oldest first.
     pub checkpoints: Vec<Kept>,
 }
@@ -93,13 +95,6 @@ impl Survey {
         let behind = self.links.iter().filter(|(number, _, _)| *number > newest);
         behind.map(|(_, bytes, _)| bytes).sum()
     }
-
-    /// Whether every moment since its beginning can be restored.
-    pub fn is_whole(&self) -> bool {
-        self.links
-            .first()
-            .is_some_and(|(number, _, _)| *number == 1)
-    }
 }
 
 /// Looks at a chain.
@@ -124,6 +119,10 @@ pub async fn survey(chain: &Chain) -> Result<Survey, ChainError> {
         Some((number, _, _)) => chain.read(*number).await?.header.closed.is_some(),
         None => false,
     };
+    let whole = match links.first() {
+        Some((1, _, _)) => !chain.read(1).await?.header.is_gap(),
+        _ => false,
+    };
     let objects = checkpoint::list_with_times(bucket, group).await?;
     let reads = objects.into_iter().map(|(object, at)| async move {
         match checkpoint::read(chain, &object).await {
@@ -146,6 +145,7 @@ pub async fn survey(chain: &Chain) -> Result<Survey, ChainError> {
         incarnation: group.incarnation,
         links,
         closed,
+        whole,
         checkpoints,
     })
 }

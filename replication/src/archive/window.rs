@@ -30,7 +30,7 @@ pub struct Candidate {
 pub struct Incarnation {
     /// Number of the newest link; 0: there is none.
     pub last: u64,
-    /// Its first link is there.
+    /// Its first link is there, and what leads to it.
     pub begins: bool,
     /// How it begins, as its first link says; none of the first incarnation, or if that link is gone.
     pub base: Option<Base>,

@@ -52,9 +52,7 @@ pub enum EngineError {
     /// RocksDB's class of error only: its text can quote keys.
     #[error("the tenant's engine failed: {0:?}")]
     RocksDb(rocksdb::ErrorKind),
-    #[error(
-        "a file of the tenant's engine is damaged; remove the node's data directory, so that it comes back as a new node"
-    )]
+    #[error("a file of the engine is damaged")]
     Corrupt,
     #[error("a row in the engine is damaged: {0}")]
     Damaged(&'static str),
@@ -79,7 +77,14 @@ impl From<rocksdb::Error> for EngineError {
 
 impl From<EngineError> for std::io::Error {
     fn from(e: EngineError) -> Self {
-        std::io::Error::other(e.to_string())
+        std::io::Error::other(e)
+    }
+}
+
+impl EngineError {
+    /// Whether what is on the disk is damaged; else it could not be read this time.
+    pub fn is_damage(&self) -> bool {
+        matches!(self, EngineError::Corrupt | EngineError::Damaged(_))
     }
 }
 
@@ -88,6 +93,8 @@ pub struct Budget {
     write_buffers: WriteBufferManager,
     cache_bytes: usize,
     pub ciphering: Ciphering,
+    /// Tables are compacted as they gather.
+    compacts: bool,
 }
 
 impl Budget {
@@ -97,6 +104,18 @@ impl Budget {
             write_buffers: WriteBufferManager::new_write_buffer_manager(write_bytes, false),
             cache_bytes,
             ciphering,
+            compacts: true,
+        })
+    }
+
+    /// Of an engine that is read once and removed: it compacts nothing, which RocksDB would do on
+    /// threads that the node's other engines share.
+    pub fn passing(write_bytes: usize, cache_bytes: usize) -> Arc<Self> {
+        Arc::new(Budget {
+            write_buffers: WriteBufferManager::new_write_buffer_manager(write_bytes, false),
+            cache_bytes,
+            ciphering: Ciphering::Encrypted,
+            compacts: false,
         })
     }
 }
@@ -134,7 +153,9 @@ impl Engine {
         ));
         let cache = Cache::new_lru_cache(budget.cache_bytes);
         let families = Cf::ALL.map(|cf| {
-            ColumnFamilyDescriptor::new(cf.name(), Self::family_options(cf, &cache, &env))
+            let mut options = Self::family_options(cf, &cache, &env);
+            options.set_disable_auto_compactions(!budget.compacts);
+            ColumnFamilyDescriptor::new(cf.name(), options)
         });
         let db = DB::open_cf_descriptors(&options, path, families)?;
         let mut unlogged = WriteOptions::default();

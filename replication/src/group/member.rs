@@ -44,6 +44,8 @@ const HEARTBEAT_MS: u64 = 500;
 pub(super) const ELECTION_MS: (u64, u64) = (1500, 2500);
 /// How long another member may take to hear that the group has ended.
 const TELL_FENCED: Duration = Duration::from_secs(2);
+/// How often a replica that is being filled looks whether it is.
+const FILLING: Duration = Duration::from_millis(200);
 /// A scan that is ahead of its rate by this much sleeps.
 const SCAN_STEP: Duration = Duration::from_millis(20);
 
@@ -57,20 +59,17 @@ pub enum GroupError {
     Raft { group: GroupId, cause: String },
     #[error("group {0} was restored elsewhere: this copy has stopped for good")]
     Fenced(GroupId),
-    #[error(
-        "this node's replica of group {0} is damaged: remove the node's data directory, so that it comes back as a new node"
-    )]
+    #[error("this node's replica of group {0} is damaged")]
     Quarantined(GroupId),
 }
 
 impl ScanError {
     /// Whether the replica is damaged; else it could not be read this time.
     pub fn is_damage(&self) -> bool {
-        matches!(
-            self,
-            ScanError::Digest(_)
-                | ScanError::Engine(EngineError::Corrupt | EngineError::Damaged(_))
-        )
+        match self {
+            ScanError::Digest(_) => true,
+            ScanError::Engine(e) => e.is_damage(),
+        }
     }
 }
 
@@ -121,7 +120,7 @@ pub struct Shared {
     archived: watch::Sender<u64>,
     /// What goes out with appends.
     archived_out: Arc<AtomicU64>,
-    min_voters: usize,
+    pub(super) min_voters: usize,
     fenced: AtomicBool,
     quarantined: AtomicBool,
     /// How often a checkpoint in the bucket was asked for, and up to which time one was made since.
@@ -131,6 +130,8 @@ pub struct Shared {
     pub asked: Notify,
     /// This node was a voter at some time: its replica was filled.
     joined: AtomicBool,
+    /// It was a voter before as well: that says nothing until it is current again.
+    filling: AtomicBool,
     /// The term in which this node's archiver has looked whether the chain is closed.
     cleared: AtomicU64,
 }
@@ -227,6 +228,27 @@ fn config(name: String) -> Result<Arc<Config>, String> {
     config.validate().map(Arc::new).map_err(|e| e.to_string())
 }
 
+/// Waits until a replica that began empty votes and holds what is committed.
+async fn fill(shared: Arc<Shared>) {
+    loop {
+        tokio::time::sleep(FILLING).await;
+        let metrics = shared.raft.metrics().borrow_watched().clone();
+        let mut voters = metrics.membership_config.voter_ids();
+        if voters.any(|id| id == metrics.id) && is_current(&shared).await {
+            break;
+        }
+    }
+    if let Err(e) = shared.replica.dir.filled() {
+        tracing::warn!(group = %shared.group, error = %e, "that the replica is filled is not recorded: it is found out again after a restart");
+    }
+    shared.filling.store(false, Ordering::Release);
+}
+
+fn is_damage(e: &std::io::Error) -> bool {
+    let engine = e.get_ref().and_then(|e| e.downcast_ref::<EngineError>());
+    engine.is_some_and(EngineError::is_damage)
+}
+
 impl Group {
     /// Opens the replica and starts its part of the group.
     pub async fn open(given: GroupConfig) -> Result<Arc<Self>, GroupError> {
@@ -249,8 +271,18 @@ impl Group {
         let open = move || Replica::open(id, dir, budget, own, keys);
         let replica = tokio::task::spawn_blocking(open)
             .await
-            .map_err(|e| raft_error(e.to_string()))?
-            .map_err(io)?;
+            .map_err(|e| raft_error(e.to_string()))?;
+        let replica = match replica {
+            Ok(replica) => replica,
+            Err(e) if is_damage(&e) => {
+                tracing::error!(group = %id, error = %e, "ALARM: this replica is damaged");
+                ReplicaDir::open(&given.dir)
+                    .and_then(|dir| dir.quarantine())
+                    .map_err(io)?;
+                return Err(GroupError::Quarantined(id));
+            }
+            Err(e) => return Err(io(e)),
+        };
         let archived_out = Arc::new(AtomicU64::new(0));
         let network = Network {
             peers: given.peers.clone(),
@@ -267,6 +299,7 @@ impl Group {
         )
         .await
         .map_err(|e| raft_error(e.to_string()))?;
+        let filling = replica.dir.is_filling();
         let shared = Arc::new(Shared {
             raft,
             store: replica.store.clone(),
@@ -285,6 +318,7 @@ impl Group {
             served: AtomicU64::new(0),
             asked: Notify::new(),
             joined: AtomicBool::new(false),
+            filling: AtomicBool::new(filling),
             cleared: AtomicU64::new(0),
         });
         let group = Arc::new(Group {
@@ -296,6 +330,9 @@ impl Group {
             shared: shared.clone(),
         });
         group.spawn(watch_applied(shared.clone(), group.recent.clone()));
+        if filling {
+            group.spawn(fill(shared.clone()));
+        }
         group.spawn(maintain(shared, given.max_log_bytes));
         Ok(group)
     }
@@ -311,6 +348,9 @@ impl Group {
 
     /// Whether this replica was filled: it votes, or has voted.
     pub fn has_joined(&self) -> bool {
+        if self.shared.filling.load(Ordering::Acquire) {
+            return false;
+        }
         let joined = &self.shared.joined;
         if !joined.load(Ordering::Relaxed) {
             let metrics = self.raft().metrics();
@@ -319,6 +359,11 @@ impl Group {
             joined.store(voters.any(|id| id == metrics.id), Ordering::Relaxed);
         }
         joined.load(Ordering::Relaxed)
+    }
+
+    /// Whether its peers have not filled this replica yet.
+    pub fn is_filling(&self) -> bool {
+        self.shared.filling.load(Ordering::Acquire)
     }
 
     pub fn store(&self) -> &Arc<Store> {
@@ -407,32 +452,11 @@ impl Group {
         }
     }
 
-    fn error(&self, cause: impl std::fmt::Display) -> GroupError {
+    pub(super) fn error(&self, cause: impl std::fmt::Display) -> GroupError {
         GroupError::Raft {
             group: self.id(),
             cause: cause.to_string(),
         }
-    }
-
-    /// Makes the voters be `members`: adds who is missing as a learner first, then changes.
-    pub async fn set_members(&self, members: BTreeMap<u64, String>) -> Result<(), GroupError> {
-        for (id, address) in &members {
-            let metrics = self.raft().metrics().borrow_watched().clone();
-            let known = metrics
-                .membership_config
-                .membership()
-                .get_node(id)
-                .is_some();
-            if !known {
-                self.raft()
-                    .add_learner(*id, BasicNode::new(address), true)
-                    .await
-                    .map_err(|e| self.error(e))?;
-            }
-        }
-        let voters: BTreeSet<u64> = members.keys().copied().collect();
-        let change = self.raft().change_membership(voters, false).await;
-        change.map(drop).map_err(|e| self.error(e))
     }
 
     pub(super) async fn install(
@@ -580,13 +604,16 @@ impl Group {
     }
 
     /// Ends this replica, which is damaged: it comes back as a new one, from its peers.
-    pub async fn quarantine(&self) {
-        tracing::error!(group = %self.id(), "ALARM: this replica is damaged and stops; remove the node's data directory, so that it comes back as a new node");
-        if let Err(e) = self.replica().dir.quarantine() {
+    /// Answers whether that is on record; else it is found again after a restart.
+    pub async fn quarantine(&self) -> bool {
+        tracing::error!(group = %self.id(), "ALARM: this replica is damaged and stops, until it is rebuilt from its peers");
+        let noted = self.replica().dir.quarantine();
+        if let Err(e) = &noted {
             tracing::error!(group = %self.id(), error = %e, "the quarantine is not recorded: the damage is found again after a restart");
         }
         self.set_quarantined(true);
         let _ = self.raft().shutdown().await;
+        noted.is_ok()
     }
 
     /// Says that this replica holds nothing, for a quarantine that may yet be withdrawn.

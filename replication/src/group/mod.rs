@@ -3,6 +3,7 @@
 
 mod gather;
 mod member;
+mod members;
 mod network;
 mod propose;
 mod read;

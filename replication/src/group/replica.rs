@@ -2,7 +2,7 @@
 //!
 //! `engine-N/`: RocksDB; `ENGINE`: the number of the one in use; `snapshot-INDEX-TAG/` and
 //! `snapshot.json`: the newest checkpoint, which is the Raft snapshot; `incoming-*`: what is being
-//! received or removed; `FENCED`: the chain was closed by a restore; `DAMAGED`: a scan found it so.
+//! received or removed; `FENCED`: the chain was closed by a restore; `DAMAGED`: it was found so; `FILLING`: it began empty, in the place of such a one.
 //!
 //! Invariants. A new engine is complete and synced before `ENGINE` names it, by a rename: a crash
 //! at any moment leaves the old one or the new one in use. What nothing names is removed at start.
@@ -21,6 +21,7 @@ use crate::machine::State;
 
 const FENCED: &str = "FENCED";
 const DAMAGED: &str = "DAMAGED";
+const FILLING: &str = "FILLING";
 const ABANDONED: Duration = Duration::from_secs(15 * 60);
 
 /// Whether the replica in `path` was found damaged.
@@ -31,6 +32,12 @@ pub fn is_quarantined(path: &Path) -> bool {
 /// Whether the replica in `path` has met the end of its chain.
 pub fn is_fenced(path: &Path) -> bool {
     path.join(FENCED).exists()
+}
+
+/// Makes an empty replica in `path`, in the place of one that was there before under the same id.
+pub fn make_filling(path: &Path) -> io::Result<()> {
+    fs::create_dir(path)?;
+    write_private(&path.join(FILLING), b"its peers fill it\n")
 }
 
 pub struct ReplicaDir {
@@ -171,6 +178,17 @@ impl ReplicaDir {
             let _ = fs::remove_dir_all(gone);
         }
         Ok(target)
+    }
+
+    /// Whether its peers have not filled it yet.
+    pub fn is_filling(&self) -> bool {
+        self.path.join(FILLING).exists()
+    }
+
+    /// Notes that they have.
+    pub fn filled(&self) -> io::Result<()> {
+        fs::remove_file(self.path.join(FILLING))?;
+        File::open(&self.path)?.sync_all()
     }
 
     /// Notes that this replica is damaged: it is never opened again.

@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -61,6 +62,8 @@ pub struct Replica {
     /// Keys that something beside the machine holds for a while; it stops when the tenant is sealed.
     lent: parking_lot::Mutex<Vec<Weak<TenantKeys>>>,
     pub(super) counted: parking_lot::Mutex<Option<Counted>>,
+    /// It is not opened again.
+    ended: AtomicBool,
 }
 
 /// Why the files in `path` cannot be opened with `keys`; none if they can.
@@ -119,6 +122,7 @@ impl Replica {
             closing: parking_lot::Mutex::default(),
             lent: parking_lot::Mutex::default(),
             counted: parking_lot::Mutex::default(),
+            ended: AtomicBool::new(false),
         });
         let keys = keys.and_then(|keys| {
             let path = replica.dir.engine().map_err(|e| e.to_string())?;
@@ -261,9 +265,21 @@ impl Replica {
         lent.push(Arc::downgrade(keys));
     }
 
+    /// Seals it for good: its directory is about to be another replica's.
+    pub async fn end(&self, why: &str) -> bool {
+        {
+            let _passed = self.passed.lock().await;
+            self.ended.store(true, Ordering::Release);
+        }
+        self.seal(why).await
+    }
+
     /// Opens a sealed replica and applies what has passed meanwhile.
     pub async fn unseal(self: &Arc<Self>, keys: Arc<TenantKeys>) -> io::Result<()> {
         let passed = self.passed.clone().lock_owned().await;
+        if self.ended.load(Ordering::Acquire) {
+            return Err(io::Error::other("another replica takes its place"));
+        }
         if self.machine().is_none() {
             let replica = self.clone();
             let opened = tokio::task::spawn_blocking(move || replica.catch_up(keys, passed));

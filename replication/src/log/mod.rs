@@ -32,6 +32,7 @@ use std::sync::mpsc;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use thiserror::Error;
+use tokio::sync::oneshot;
 
 use crate::group::types::{Entry, Vote, encode_entry, entry_position};
 use crate::{GroupId, Position};
@@ -152,14 +153,29 @@ impl NodeLog {
 
     /// Forgets a group for good.
     pub fn drop_group(&self, group: GroupId) {
+        self.drop_then(group, None);
+    }
+
+    /// As `drop_group`; returns once that is synced, or the log has stopped.
+    pub async fn drop_group_synced(&self, group: GroupId) -> bool {
+        let (tell, told) = oneshot::channel();
+        let done = Box::new(move || {
+            let _ = tell.send(());
+        });
+        !self.drop_then(group, Some(done)) || told.await.is_ok()
+    }
+
+    /// Answers whether there was anything to forget.
+    fn drop_then(&self, group: GroupId, done: Option<Callback>) -> bool {
         // Under the lock: whoever does not find the group knows that its end was sent.
         let mut groups = self.groups.lock();
         let Some(index) = groups.remove(&group) else {
-            return;
+            return false;
         };
         let freed = index.lock().truncate(None);
         let dropped = Some(StateChange::Dropped);
-        self.change(group, &Record::Drop, dropped, freed, None);
+        self.change(group, &Record::Drop, dropped, freed, done);
+        true
     }
 
     /// The caller holds the index's lock: the disk sees changes in the index's order.

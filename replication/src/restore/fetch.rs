@@ -1,9 +1,14 @@
-//! Fetching a checkpoint's files, in parallel; each is hashed and synced before it is used.
+//! Fetching a checkpoint's files, in parallel; each is hashed and synced before it is used. They are
+//! written out as they come: a sync of all of a file at its end would hold up the log's for that long.
 
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use object_store::ObjectStoreExt;
 
@@ -13,6 +18,8 @@ use crate::archive::chain::Chain;
 use crate::archive::checkpoint::{Manifest, ManifestFile};
 
 const IN_FLIGHT: usize = 8;
+/// Bytes written, and written out, at once.
+const PIECE: usize = 1 << 20;
 
 /// Fetches every file of `manifest` into `dir`, which must not exist.
 pub async fn checkpoint(
@@ -24,10 +31,14 @@ pub async fn checkpoint(
     tokio::fs::create_dir_all(dir).await.map_err(io(dir))?;
     let total: u64 = manifest.files.iter().map(|f| f.length).sum();
     let done = Arc::new(AtomicU64::new(0));
-    let one = |file| {
-        let (done, report) = (done.clone(), report.clone());
-        counted(chain, manifest, file, dir, done, total, report)
+    let told = move |bytes: u64| {
+        let bytes = done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        match report(Progress::Fetched { bytes, total }) {
+            true => Ok(()),
+            false => Err(RestoreError::Stopped),
+        }
     };
+    let one = |file| fetch(chain, manifest, file, dir, told.clone());
     let fetches: Vec<_> = manifest.files.iter().map(one).collect();
     futures::stream::iter(fetches)
         .buffer_unordered(IN_FLIGHT)
@@ -38,20 +49,42 @@ pub async fn checkpoint(
         .map_err(io(dir))
 }
 
-async fn counted(
-    chain: &Chain,
-    manifest: &Manifest,
-    file: &ManifestFile,
-    dir: &Path,
-    done: Arc<AtomicU64>,
-    total: u64,
-    report: Report,
-) -> Result<(), RestoreError> {
-    fetch(chain, manifest, file, dir).await?;
-    let bytes = done.fetch_add(file.length, Ordering::Relaxed) + file.length;
-    match report(Progress::Fetched { bytes, total }) {
-        true => Ok(()),
-        false => Err(RestoreError::Stopped),
+/// A file as it comes.
+struct Coming {
+    file: File,
+    hasher: blake3::Hasher,
+    length: u64,
+}
+
+impl Coming {
+    fn write(&mut self, pieces: &[Bytes]) -> std::io::Result<()> {
+        let from = self.length;
+        for piece in pieces {
+            self.hasher.update(piece);
+            self.file.write_all(piece)?;
+            self.length += piece.len() as u64;
+        }
+        write_out(&self.file, from, self.length - from)
+    }
+}
+
+/// Has the disk take a part of a file. That it is durable is what the sync at the end is for; what goes
+/// wrong here is said here only.
+#[allow(unsafe_code)]
+fn write_out(file: &File, from: u64, length: u64) -> std::io::Result<()> {
+    let how = libc::SYNC_FILE_RANGE_WAIT_BEFORE
+        | libc::SYNC_FILE_RANGE_WRITE
+        | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    // SAFETY: the descriptor is open as long as `file` lives; no memory is passed.
+    let said = unsafe { libc::sync_file_range(file.as_raw_fd(), from as i64, length as i64, how) };
+    if said == 0 {
+        return Ok(());
+    }
+    let e = std::io::Error::last_os_error();
+    match e.raw_os_error() {
+        // A filesystem that cannot: the sync at the end does it all.
+        Some(libc::ENOSYS | libc::EINVAL | libc::ESPIPE) => Ok(()),
+        _ => Err(e),
     }
 }
 
@@ -60,40 +93,63 @@ async fn fetch(
     manifest: &Manifest,
     file: &ManifestFile,
     dir: &Path,
+    told: impl Fn(u64) -> Result<(), RestoreError>,
 ) -> Result<(), RestoreError> {
     let object = file_path(manifest.group.tenant, &file.hash);
     let refuse = |what: String| RestoreError::Object {
         object: object.to_string(),
         what,
     };
+    let unusable = |what: &str| RestoreError::File {
+        object: object.to_string(),
+        what: what.into(),
+    };
     if file.name.contains('/') || file.name.starts_with('.') {
         return Err(refuse("its name is not plain".into()));
     }
     let got = chain.bucket().get(&object).await.map_err(|e| match e {
-        object_store::Error::NotFound { .. } => refuse("it is missing".into()),
+        object_store::Error::NotFound { .. } => unusable("it is missing"),
         e => refuse(e.to_string()),
     })?;
-    let bytes = got.bytes().await.map_err(|e| refuse(e.to_string()))?;
     let path = dir.join(&file.name);
-    let (length, hash) = (file.length, file.hash.clone());
-    let verified = tokio::task::spawn_blocking(move || {
-        if bytes.len() as u64 != length || blake3::hash(&bytes).to_hex().as_str() != hash {
-            return Ok(false);
+    let mut coming = Coming {
+        file: File::create_new(&path).map_err(io(&path))?,
+        hasher: blake3::Hasher::new(),
+        length: 0,
+    };
+    let mut stream = got.into_stream();
+    loop {
+        let (mut pieces, mut bytes) = (Vec::new(), 0);
+        while bytes < PIECE {
+            let next = stream.try_next().await;
+            let Some(piece) = next.map_err(|e| refuse(e.to_string()))? else {
+                break;
+            };
+            bytes += piece.len();
+            pieces.push(piece);
         }
-        let write = || {
-            let mut out = std::fs::File::create_new(&path)?;
-            std::io::Write::write_all(&mut out, &bytes)?;
-            out.sync_all()
-        };
-        write().map(|()| true).map_err(|e| (path.clone(), e))
-    })
-    .await
-    .map_err(|e| refuse(e.to_string()))?;
-    match verified {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(refuse(
-            "its content does not have its hash: it is damaged".into(),
+        // More than it should be is no more use than less.
+        let is_last = bytes < PIECE || coming.length > file.length;
+        // Blocking work: hashes and a disk.
+        let written = tokio::task::spawn_blocking(move || {
+            coming.write(&pieces)?;
+            if is_last {
+                coming.file.sync_all()?;
+            }
+            Ok(coming)
+        });
+        let written = written.await.map_err(|e| refuse(e.to_string()))?;
+        coming = written.map_err(io(&path))?;
+        told(bytes as u64)?;
+        if is_last {
+            break;
+        }
+    }
+    let whole = coming.length == file.length;
+    match whole && coming.hasher.finalize().to_hex().as_str() == file.hash {
+        true => Ok(()),
+        false => Err(unusable(
+            "its content does not have its hash: it is damaged",
         )),
-        Err((path, e)) => Err(io(&path)(e)),
     }
 }

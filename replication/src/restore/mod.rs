@@ -8,6 +8,7 @@
 //! have seen, and what was below is compacted. A restore to an earlier moment ends exactly there:
 //! nothing of what came after is applied.
 
+mod copy;
 mod fetch;
 pub mod plan;
 mod replay;
@@ -25,6 +26,7 @@ use crate::machine::{MachineError, State};
 use crate::mvcc::digest::Digest;
 use crate::{GroupId, Position};
 
+pub use copy::begin_chain;
 pub use plan::{Plan, Point};
 pub use replay::Rebuilt;
 
@@ -37,6 +39,9 @@ pub enum RestoreError {
     Chain(#[from] ChainError),
     #[error("object {object}: {what}")]
     Object { object: String, what: String },
+    /// A file of the checkpoint that was planned is missing or damaged.
+    #[error("object {object}: {what}")]
+    File { object: String, what: String },
     #[error(
         "the chain ends at link {found} of incarnation {incarnation}, but the directory knows of link {known}: the bucket is older than what was acknowledged"
     )]
@@ -227,14 +232,8 @@ pub fn base(plan: &Plan, rebuilt: &Rebuilt, closing: &Closing, at_ms: u64) -> Ba
     }
 }
 
-/// Opens the new incarnation's chain, exclusively: of two restores one wins here at the latest.
-pub async fn open_chain(
-    chain: &Chain,
-    restored: &Restored,
-    base: Base,
-    restore: &str,
-) -> Result<(), RestoreError> {
-    let header = Header {
+fn first_link(restored: &Restored, base: Option<Base>, restore: &str) -> Header {
+    Header {
         group: restored.group,
         number: 0,
         previous: String::new(),
@@ -245,8 +244,18 @@ pub async fn open_chain(
         state: Some(LinkState::from(&restored.state)),
         written_ms: 0,
         closed: None,
-        base: Some(base),
-    };
+        base,
+    }
+}
+
+/// Opens the new incarnation's chain, exclusively: of two restores one wins here at the latest.
+pub async fn open_chain(
+    chain: &Chain,
+    restored: &Restored,
+    base: Base,
+    restore: &str,
+) -> Result<(), RestoreError> {
+    let header = first_link(restored, Some(base), restore);
     match chain.create(&Tail::default(), header, &[]).await? {
         Created::Ours(_) => Ok(()),
         Created::Theirs(link) if link.header.writer == restore => Ok(()),

@@ -93,25 +93,38 @@ impl Plan {
 
 /// Plans a restore of `chain`'s group to its newest state.
 pub async fn newest(chain: &Chain) -> Result<Plan, RestoreError> {
+    to_newest(chain, &[]).await
+}
+
+async fn to_newest(chain: &Chain, unusable: &[Manifest]) -> Result<Plan, RestoreError> {
     let group = chain.group();
     let all = chain.numbers(0).await?;
     let Some(last) = all.last().copied() else {
         return Err(RestoreError::Nothing(group));
     };
-    let (manifest, refused) = checkpoint_before(chain, Until::End).await?;
+    let (manifest, refused) = checkpoint_before(chain, Until::End, unusable).await?;
     if let (None, Some(refused)) = (&manifest, refused)
         && all.first() != Some(&1)
     {
         // The archive begins at it.
         return Err(refused.into());
     }
-    behind(chain, manifest, last, Until::End).await
+    behind(chain, manifest, last, Until::End, unusable).await
 }
 
 /// Plans a restore to `point`; `chain` is the newest one, on which the tenant is now, or was last.
 pub async fn at(chain: &Chain, point: Point) -> Result<Plan, RestoreError> {
+    without(chain, point, &[]).await
+}
+
+/// Plans a restore to `point` that begins with none of the `unusable` checkpoints.
+pub async fn without(
+    chain: &Chain,
+    point: Point,
+    unusable: &[Manifest],
+) -> Result<Plan, RestoreError> {
     let until = match point {
-        Point::Newest => return newest(chain).await,
+        Point::Newest => return to_newest(chain, unusable).await,
         Point::Time(ms) => Until::Time(ms),
         Point::Revision(revision) => Until::Revision(revision),
     };
@@ -121,9 +134,9 @@ pub async fn at(chain: &Chain, point: Point) -> Result<Plan, RestoreError> {
         let (Some(first), Some(last)) = (all.first(), all.last().copied()) else {
             return Err(RestoreError::Nothing(chain.group()));
         };
-        let (manifest, refused) = checkpoint_before(&chain, until).await?;
+        let (manifest, refused) = checkpoint_before(&chain, until, unusable).await?;
         if manifest.is_some() {
-            return behind(&chain, manifest, last, until).await;
+            return behind(&chain, manifest, last, until, unusable).await;
         }
         if *first != 1 {
             return Err(match refused {
@@ -132,12 +145,17 @@ pub async fn at(chain: &Chain, point: Point) -> Result<Plan, RestoreError> {
             });
         }
         let opening = chain.read(1).await?.header;
+        let is_behind = lies_behind(opening.state.as_ref(), until);
+        // It began as a copy of another tenant.
+        if opening.is_gap() && is_behind {
+            return Err(RestoreError::NotKept(oldest(&chain).await?));
+        }
         match opening.base {
             // Where this incarnation begins lies behind it: it is of one before.
-            Some(base) if lies_behind(opening.state.as_ref(), until) => {
+            Some(base) if is_behind => {
                 chain = chain.of(base.incarnation);
             }
-            _ => return behind(&chain, None, last, until).await,
+            _ => return behind(&chain, None, last, until, unusable).await,
         }
     }
 }
@@ -182,6 +200,7 @@ fn serves(manifest: &Manifest, until: Until) -> bool {
 async fn checkpoint_before(
     chain: &Chain,
     until: Until,
+    unusable: &[Manifest],
 ) -> Result<(Option<Manifest>, Option<ChainError>), ChainError> {
     let mut newest: Option<Manifest> = None;
     let mut refused = None;
@@ -192,7 +211,7 @@ async fn checkpoint_before(
             break;
         }
         match checkpoint::read(chain, &path).await {
-            Ok(found) if serves(&found, until) => {
+            Ok(found) if serves(&found, until) && !unusable.contains(&found) => {
                 // One that came late can be under a key that was destroyed since.
                 let rank = |m: &Manifest| (m.position.index, m.oldest);
                 let further = |m: &Manifest| rank(m) < rank(&found);
@@ -216,7 +235,7 @@ async fn checkpoint_before(
 pub async fn from(chain: &Chain, manifest: Manifest) -> Result<Plan, RestoreError> {
     let last = chain.numbers(manifest.link).await?.last().copied();
     let last = last.unwrap_or(manifest.link);
-    behind(chain, Some(manifest), last, Until::End).await
+    behind(chain, Some(manifest), last, Until::End, &[]).await
 }
 
 /// What the link that a manifest names says. It is not needed to restore: without it less is compared.
@@ -259,6 +278,7 @@ async fn behind(
     manifest: Option<Manifest>,
     last: u64,
     until: Until,
+    unusable: &[Manifest],
 ) -> Result<Plan, RestoreError> {
     let from = manifest.as_ref().map_or(0, |m| m.link);
     let start = match &manifest {
@@ -285,7 +305,7 @@ async fn behind(
     }
     let base = links.first().and_then(|l| l.header.base.clone());
     let before = match &base {
-        Some(base) if manifest.is_none() => Some(Box::new(beginning(chain, base).await?)),
+        Some(base) if manifest.is_none() => Some(Box::new(beginning(chain, base, unusable).await?)),
         _ => None,
     };
     Ok(Plan {
@@ -300,7 +320,11 @@ async fn behind(
 }
 
 /// A plan of the state that an incarnation began with, in one before it.
-async fn beginning(chain: &Chain, base: &Base) -> Result<Plan, RestoreError> {
+async fn beginning(
+    chain: &Chain,
+    base: &Base,
+    unusable: &[Manifest],
+) -> Result<Plan, RestoreError> {
     let closed = chain.of(base.incarnation);
     // Up to there and no further: a late checkpoint of its old leader can stand beyond it.
     let until = Until::Entry {
@@ -310,9 +334,9 @@ async fn beginning(chain: &Chain, base: &Base) -> Result<Plan, RestoreError> {
     let origin = base.origin.as_ref().map(|origin| origin.incarnation);
     let from = chain.of(origin.unwrap_or(base.incarnation));
     let last = from.numbers(0).await?.last().copied().unwrap_or(0);
-    let (manifest, refused) = checkpoint_before(&from, until).await?;
+    let (manifest, refused) = checkpoint_before(&from, until, unusable).await?;
     let plan = match (
-        Box::pin(behind(&from, manifest, last, until)).await,
+        Box::pin(behind(&from, manifest, last, until, unusable)).await,
         refused,
     ) {
         // What is missing was before a checkpoint that cannot be used.

@@ -95,6 +95,36 @@ fn compare(record: &[Write], rows: &Rows, at_ms: u64) -> Result<usize> {
     Ok(keys.len())
 }
 
+/// Opens a page in a headless Chromium; an error if that says anything of it on its console.
+fn opened(dir: &std::path::Path, page: &str) -> Result<String> {
+    let file = dir.join("drill.html");
+    std::fs::write(&file, page)?;
+    let out = std::process::Command::new("chromium")
+        .args(["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"])
+        .arg("--enable-logging=stderr")
+        .arg(format!(
+            "--user-data-dir={}",
+            dir.join("chromium").display()
+        ))
+        .arg(format!("file://{}", file.display()))
+        .output()
+        .context("chromium is not installed: make demo-recovery installs it")?;
+    let (dom, said) = (
+        String::from_utf8_lossy(&out.stdout),
+        String::from_utf8_lossy(&out.stderr),
+    );
+    let errors: Vec<&str> = said.lines().filter(|l| l.contains("CONSOLE")).collect();
+    ensure!(out.status.success() && errors.is_empty(), "{errors:?}");
+    let phases = dom.matches("<rect").count();
+    ensure!(
+        dom.contains("passed") && dom.contains("aria-label=\"timeline\"") && phases > 3,
+        "the page is not what it should be: {dom}"
+    );
+    Ok(format!(
+        "its page opens in a headless Chromium without errors, with a timeline of {phases} phases"
+    ))
+}
+
 #[tokio::main]
 async fn main() -> Result<()> {
     let all = Instant::now();
@@ -176,6 +206,10 @@ async fn main() -> Result<()> {
         .operate(&["drill", "verify", &file, "--ca", &ca])
         .await?;
     step(said.lines().next().context("it says something")?);
+    let page = region
+        .operate(&["drill", "show", "tenant-2", "--html"])
+        .await?;
+    step(&opened(region.dir.path(), &page)?);
     println!("{}", region.operate(&["objectives"]).await?);
     tokio::time::sleep(WRITTEN.saturating_sub(began.elapsed())).await;
 

@@ -1,5 +1,5 @@
-//! Restores onto this node, from the bucket alone: a region (`region`), or a tenant back to an earlier
-//! moment (`tenant`).
+//! Restores onto this node, from the bucket alone: a region (`region`), a tenant back to an earlier
+//! moment (`tenant`), or as a new one beside it (`copy`).
 //!
 //! Each tenant ends as a group of one member, this node; the other nodes then join through the
 //! controllers, as any node does that comes back empty. The work goes on if the operator's
@@ -9,6 +9,7 @@
 //! nothing is added behind it. An earlier moment is restored and verified before the chain is closed:
 //! a tenant that cannot go back there goes on as it is.
 
+mod copy;
 mod region;
 mod report;
 mod tenant;
@@ -30,6 +31,7 @@ use tokio::sync::mpsc;
 use tonic::Status;
 use tonic::codegen::BoxStream;
 
+use super::creation::New;
 use crate::directory::records::TenantRecord;
 use crate::directory::{Directory, DirectoryError};
 use crate::node::{Node, NodeState};
@@ -48,6 +50,12 @@ pub enum Asked {
     },
     /// One tenant of a region that serves, back to a moment.
     Tenant { name: String, point: Point },
+    /// A new tenant, made of one as it was at a moment.
+    Copy {
+        name: String,
+        point: Point,
+        new: New,
+    },
 }
 
 type Events = mpsc::Sender<Result<RestoreEvent, Status>>;
@@ -63,7 +71,7 @@ pub fn start(node: Arc<Node>, asked: Asked) -> Result<BoxStream<RestoreEvent>, S
     tokio::spawn(async move {
         let one = match &asked {
             Asked::Region { .. } => &node.restoring,
-            Asked::Tenant { .. } => &node.going_back,
+            Asked::Tenant { .. } | Asked::Copy { .. } => &node.going_back,
         };
         let Ok(_one) = one.try_acquire() else {
             let busy = Status::already_exists("a restore is under way on this node");
@@ -81,6 +89,7 @@ pub fn start(node: Arc<Node>, asked: Asked) -> Result<BoxStream<RestoreEvent>, S
         let done = match asked {
             Asked::Region { lost_at_ms, point } => run.region(lost_at_ms, point).await,
             Asked::Tenant { name, point } => run.go_back(&name, point).await,
+            Asked::Copy { name, point, new } => run.copy(&name, point, new).await,
         };
         if let Err(why) = done {
             tracing::error!(%why, "not restored");
@@ -127,6 +136,19 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
+}
+
+/// Whether a moment was come to, and there was something then.
+fn came(rebuilt: &Rebuilt, plan: &Plan, chain: &Chain, wanted: &Wanted<'_>) -> Result<(), String> {
+    if rebuilt.state.digests == Digests::default() {
+        return Err("nothing was written yet at that moment".into());
+    }
+    // A later incarnation proves the end of the one before it.
+    let ended = rebuilt.ended || plan.group != chain.group();
+    if !wanted.settled && matches!(wanted.point, Point::Time(_)) && !ended {
+        return Err("the archive ends before that moment, and this node cannot say whether more was acknowledged: ask another node, or name an earlier moment".into());
+    }
+    Ok(())
 }
 
 struct Done {
@@ -220,27 +242,18 @@ impl Run {
         let current = self.current(wanted.first, wanted.archive_key, wanted.known);
         let chain = current.await.map_err(text)?;
         let mut plan = plan::at(&chain, wanted.point).await.map_err(text)?;
-        let links = format!("{} links", plan.total_links());
-        self.event(wanted.name, "planned", links).await;
-        let data_dir = &self.node.parts.data_dir;
-        room(data_dir, plan.checkpoint_bytes() + 2 * plan.log_bytes())?;
-        let dir = data_dir.join(RESTORE);
-        let dir = Scratch(dir.join(format!("{}-{}", chain.group(), self.id)));
+        let dir = self.scratch(chain.group());
         let (rebuilt, closing) = if plan.is_newest() {
             let closing = restore::close(&chain, plan.tail(), &self.id).await;
             let mut closing = closing.map_err(text)?;
             plan.links.append(&mut closing.added);
-            (self.rebuild(&chain, &plan, &dir.0, wanted).await?, closing)
+            (
+                self.rebuild(&chain, &mut plan, &dir.0, wanted).await?,
+                closing,
+            )
         } else {
-            let rebuilt = self.rebuild(&chain, &plan, &dir.0, wanted).await?;
-            if rebuilt.state.digests == Digests::default() {
-                return Err("nothing was written yet at that moment".into());
-            }
-            // A later incarnation proves the end of the one before it.
-            let ended = rebuilt.ended || plan.group != chain.group();
-            if !wanted.settled && matches!(wanted.point, Point::Time(_)) && !ended {
-                return Err("the archive ends before that moment, and this node cannot say whether more was acknowledged: ask another node, or name an earlier moment".into());
-            }
+            let rebuilt = self.rebuild(&chain, &mut plan, &dir.0, wanted).await?;
+            came(&rebuilt, &plan, &chain, wanted)?;
             withhold.await?;
             failpoint("restore-withheld");
             // What was added while the earlier state was rebuilt.
@@ -264,14 +277,45 @@ impl Run {
         })
     }
 
-    /// Fetches, replays and verifies, saying how it goes.
+    fn scratch(&self, group: GroupId) -> Scratch {
+        let dir = self.node.parts.data_dir.join(RESTORE);
+        Scratch(dir.join(format!("{group}-{}", self.id)))
+    }
+
+    /// Rebuilds what is planned; where a file of its checkpoint is missing or damaged, from an older
+    /// checkpoint.
     async fn rebuild(
+        &self,
+        chain: &Chain,
+        plan: &mut Plan,
+        dir: &Path,
+        wanted: &Wanted<'_>,
+    ) -> Result<Rebuilt, String> {
+        let mut unusable = Vec::new();
+        loop {
+            let links = format!("{} links", plan.total_links());
+            self.event(wanted.name, "planned", links).await;
+            let data_dir = &self.node.parts.data_dir;
+            room(data_dir, plan.checkpoint_bytes() + 2 * plan.log_bytes())?;
+            let failed = match self.rebuild_once(chain, plan, dir, wanted).await {
+                Err(e @ RestoreError::File { .. }) => e,
+                done => return done.map_err(|e| e.to_string()),
+            };
+            tracing::error!(group = %chain.group(), error = %failed, "ALARM: a checkpoint cannot be used; an older one is looked for");
+            unusable.extend(plan.first_manifest().cloned());
+            let older = plan::without(chain, wanted.point, &unusable).await;
+            *plan = older.map_err(|e| format!("{failed}; without that checkpoint: {e}"))?;
+        }
+    }
+
+    /// Fetches, replays and verifies, saying how it goes.
+    async fn rebuild_once(
         &self,
         chain: &Chain,
         plan: &Plan,
         dir: &Path,
         wanted: &Wanted<'_>,
-    ) -> Result<Rebuilt, String> {
+    ) -> Result<Rebuilt, RestoreError> {
         let (events, tenant) = (self.events.clone(), wanted.name.to_string());
         // One whose key is taken away meanwhile is not held in memory any longer.
         let served = self.node.parts.groups.get(chain.group());
@@ -296,8 +340,7 @@ impl Run {
             goes_on()
         });
         let budget = self.node.parts.budget.clone();
-        let rebuilt = restore::rebuild(chain, plan, wanted.keys.clone(), budget, dir, report);
-        rebuilt.await.map_err(|e| e.to_string())
+        restore::rebuild(chain, plan, wanted.keys.clone(), budget, dir, report).await
     }
 
     /// Forms the restored group, of this node alone.

@@ -132,8 +132,12 @@ impl Run {
         mut tenants: Vec<Found<TenantRecord>>,
         aim: Aim,
     ) -> Result<(), String> {
-        // Nothing is left of one that is being destroyed, nor should it be brought back.
-        tenants.retain(|t| !t.record.is_destroying() && !t.record.is_due());
+        // Nothing is left of one that is being destroyed, nor should it be brought back; a copy that
+        // was not made has nothing yet.
+        tenants.retain(|t| {
+            let record = &t.record;
+            record.incarnation > 0 && !record.is_destroying() && !record.is_due()
+        });
         tenants.sort_by_key(|t| (t.record.tier, t.record.rto_ms));
         for tenant in &tenants {
             let event = RestoreEvent {

@@ -29,16 +29,7 @@ fn text(e: impl std::fmt::Display) -> String {
 
 impl Run {
     pub(super) async fn go_back(&self, name: &str, point: Point) -> Result<(), String> {
-        let directory = self.node.directory().ok_or("there is no directory yet")?;
-        directory.group().read_barrier().await.map_err(text)?;
-        let found = find(&directory, name)?;
-        let record = found.record;
-        if let Some(why) = refusal(&record, &self.node.config.name) {
-            return Err(why);
-        }
-        if matches!(point, Point::Time(ms) if ms > self.asked_ms) {
-            return Err("that moment has not come yet".into());
-        }
+        let (directory, record) = self.of_a_tenant(name, point).await?;
         // One that was withheld by a restore which died was waited for then.
         let settled = self.settle(&record).await? || record.restoring.is_some();
         let known = directory.newest_link(&record).map_err(text)?;
@@ -122,8 +113,26 @@ impl Run {
         Ok(())
     }
 
+    /// The record of a tenant that can be restored here and now.
+    pub(super) async fn of_a_tenant(
+        &self,
+        name: &str,
+        point: Point,
+    ) -> Result<(Directory, TenantRecord), String> {
+        let directory = self.node.directory().ok_or("there is no directory yet")?;
+        directory.group().read_barrier().await.map_err(text)?;
+        let record = find(&directory, name)?.record;
+        if let Some(why) = refusal(&record, &self.node.config.name) {
+            return Err(why);
+        }
+        match point {
+            Point::Time(ms) if ms > self.asked_ms => Err("that moment has not come yet".into()),
+            _ => Ok((directory, record)),
+        }
+    }
+
     /// Waits until everything that was acknowledged so far is archived; answers whether that is known.
-    async fn settle(&self, record: &TenantRecord) -> Result<bool, String> {
+    pub(super) async fn settle(&self, record: &TenantRecord) -> Result<bool, String> {
         let group = self.node.parts.groups.get(record.group());
         let Some(group) = group.filter(|group| group.sealed().is_none()) else {
             return Ok(false);
@@ -171,7 +180,7 @@ impl Run {
     }
 }
 
-fn find(directory: &Directory, name: &str) -> Result<Found<TenantRecord>, String> {
+pub(super) fn find(directory: &Directory, name: &str) -> Result<Found<TenantRecord>, String> {
     let mut tenants = directory.tenants().map_err(text)?.into_iter();
     let found = tenants.find(|t| t.record.name == name);
     found.ok_or_else(|| format!("there is no tenant {name}"))
@@ -183,7 +192,7 @@ fn refusal(record: &TenantRecord, node: &str) -> Option<String> {
     if let Some(why) = record.deleted() {
         return Some(format!("tenant {name}: {why}"));
     }
-    if !record.formed {
+    if !record.formed || record.incarnation == 0 {
         return Some(format!("tenant {name} holds nothing yet"));
     }
     if let Some(task) = &record.key_task {

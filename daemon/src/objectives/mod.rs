@@ -3,6 +3,8 @@
 //! The RPO is the recovery ledger's. The RTO is estimated: what the newest drill took, and what a
 //! restore would read more since, at the rates of that drill.
 
+pub mod history;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -118,7 +120,7 @@ impl Node {
         Ok(estimate(found, drill.map(|d| &d.record)))
     }
 
-    /// Says that an objective stands otherwise than before.
+    /// Says that an objective stands otherwise than before; `missed`: when it will be missed.
     fn objective(
         &self,
         record: &TenantRecord,
@@ -126,15 +128,13 @@ impl Node {
         is: u64,
         contracted: u64,
         now: Standing,
+        missed: &str,
     ) {
         let mut detail = format!("{what} {is} ms, {contracted} ms contracted");
         let kind = match now {
             Standing::Met => EventKind::ObjectiveMet,
             Standing::Near => {
-                let left = contracted.saturating_sub(is);
-                if what == RPO {
-                    detail.push_str(&format!("; missed in {left} ms unless the bucket answers"));
-                }
+                detail.push_str(missed);
                 tracing::warn!(tenant = %record.id, "ALARM: near: {detail}");
                 EventKind::ObjectiveNear
             }
@@ -149,6 +149,22 @@ impl Node {
 
 const RPO: &str = "RPO";
 const RTO: &str = "estimated RTO";
+
+/// When an estimate that was `before` so long ago, and `is` now, will come to what was contracted.
+fn forecast(before: Option<(Duration, u64)>, is: u64, contracted: u64) -> String {
+    let Some((over, before)) = before else {
+        return "; how it grows is not known yet".into();
+    };
+    if before >= is {
+        return "; it does not grow now".into();
+    }
+    let left = contracted.saturating_sub(is) as f64 / (is - before) as f64;
+    let left = over.mul_f64(left);
+    format!(
+        "; missed in about {} s if it grows on like this",
+        left.as_secs()
+    )
+}
 
 /// What was said of an objective, and since when it is met after it was not.
 struct Said {
@@ -204,13 +220,16 @@ pub async fn keep_rpo(node: Arc<Node>) {
         watched.0.retain(|id, _| leads(id));
         for (record, group) in led {
             let is = group.unarchived_for().as_millis() as u64;
+            node.history.note(&record, is, 0);
             let now = match Standing::of(is, record.rpo_ms) {
                 // An RPO of a second is near now and then: only that it is missed is said.
                 Standing::Near if record.rpo_ms <= SHORT => Standing::Met,
                 now => now,
             };
             if watched.see(record.id, now) {
-                node.objective(&record, RPO, is, record.rpo_ms, now);
+                let left = record.rpo_ms.saturating_sub(is);
+                let missed = format!("; missed in {left} ms unless the bucket answers");
+                node.objective(&record, RPO, is, record.rpo_ms, now, &missed);
             }
         }
     }
@@ -220,11 +239,13 @@ pub async fn keep_rpo(node: Arc<Node>) {
 /// before that is too much.
 pub async fn keep_rto(node: Arc<Node>) {
     let mut watched = Watched::default();
+    let mut before: HashMap<TenantId, (Instant, u64)> = HashMap::new();
     loop {
         tokio::time::sleep(ESTIMATE).await;
         let led = led(&node);
         let leads = |id: &TenantId| led.iter().any(|(record, _)| record.id == *id);
         watched.0.retain(|id, _| leads(id));
+        before.retain(|id, _| leads(id));
         for (record, group) in led {
             let estimated = tokio::time::timeout(ANSWERS_WITHIN, node.estimate(&record)).await;
             let estimate = match estimated {
@@ -241,9 +262,14 @@ pub async fn keep_rto(node: Arc<Node>) {
                 tracing::info!(tenant = %record.id, rto_ms = estimate.rto_ms, "a checkpoint is made: a restore would take too much of its RTO");
                 group.want_checkpoint();
             }
-            let now = Standing::of(estimate.rto_ms, record.rto_ms);
+            let is = estimate.rto_ms;
+            node.history.note(&record, 0, is);
+            let last = before.insert(record.id, (Instant::now(), is));
+            let last = last.map(|(at, was)| (at.elapsed(), was));
+            let now = Standing::of(is, record.rto_ms);
             if watched.see(record.id, now) {
-                node.objective(&record, RTO, estimate.rto_ms, record.rto_ms, now);
+                let missed = forecast(last, is, record.rto_ms);
+                node.objective(&record, RTO, is, record.rto_ms, now, &missed);
             }
         }
     }
@@ -281,6 +307,18 @@ mod tests {
             ..drill
         };
         assert_eq!(estimate(found, Some(&failed)).rto_ms, 2_500);
+    }
+
+    #[test]
+    fn a_breach_is_forecast_from_how_an_estimate_grows() {
+        let minute = Duration::from_secs(60);
+        // 10 s a minute, 5 s left.
+        let said = forecast(Some((minute, 45_000)), 55_000, 60_000);
+        assert!(said.contains("in about 30 s"), "{said}");
+        for before in [55_000, 58_000] {
+            assert!(forecast(Some((minute, before)), 55_000, 60_000).contains("does not grow"));
+        }
+        assert!(forecast(None, 55_000, 60_000).contains("not known"));
     }
 
     #[test]
