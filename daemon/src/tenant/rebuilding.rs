@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use replication::GroupId;
 use replication::failpoint::failpoint;
-use replication::group::replica::{is_quarantined, make_filling};
+use replication::group::replica::{is_quarantined, replace_empty};
 use replication::group::{Group, GroupError};
 use tokio::time::sleep;
 
@@ -66,12 +66,7 @@ async fn empty(node: &Arc<Node>, tenant: &Arc<Tenant>, id: GroupId) -> Result<()
     // At once: half of a replica must not be taken for one. What a crash leaves there goes at start.
     let tag = hex::encode(kms::secret::random_bytes::<4>());
     let gone = parts.data_dir.join(RESTORE).join(format!("{id}-{tag}"));
-    std::fs::create_dir_all(parts.data_dir.join(RESTORE)).map_err(text)?;
-    std::fs::rename(&dir, &gone).map_err(text)?;
-    make_filling(&dir).map_err(text)?;
-    let above = dir.parent().unwrap_or(&dir);
-    let synced = std::fs::File::open(above).and_then(|above| above.sync_all());
-    synced.map_err(text)?;
+    replace_empty(&dir, &gone).map_err(text)?;
     let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(gone));
     if let Ok(Err(e)) = removed.await {
         tracing::warn!(group = %id, error = %e, "the damaged files are removed when the node starts again");

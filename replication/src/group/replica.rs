@@ -34,10 +34,18 @@ pub fn is_fenced(path: &Path) -> bool {
     path.join(FENCED).exists()
 }
 
-/// Makes an empty replica in `path`, in the place of one that was there before under the same id.
-pub fn make_filling(path: &Path) -> io::Result<()> {
-    fs::create_dir(path)?;
-    write_private(&path.join(FILLING), b"its peers fill it\n")
+/// Puts an empty replica in the place of the one in `path`, which is moved to `aside`, at once: at no
+/// moment there is none, or one that does not say that it is to be filled. `aside` must not exist.
+pub fn replace_empty(path: &Path, aside: &Path) -> io::Result<()> {
+    fs::create_dir_all(aside)?;
+    write_private(&aside.join(FILLING), b"its peers fill it\n")?;
+    let here = rustix::fs::CWD;
+    let exchange = rustix::fs::RenameFlags::EXCHANGE;
+    rustix::fs::renameat_with(here, aside, here, path, exchange)?;
+    for above in [path.parent(), aside.parent()].into_iter().flatten() {
+        File::open(above)?.sync_all()?;
+    }
+    Ok(())
 }
 
 pub struct ReplicaDir {

@@ -9,8 +9,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
+use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
-use object_store::ObjectStoreExt;
+use object_store::path::Path as ObjectPath;
+use object_store::{GetOptions, GetRange, ObjectStore};
 
 use super::{Progress, Report, RestoreError, io};
 use crate::archive::bucket::file_path;
@@ -88,6 +90,20 @@ fn write_out(file: &File, from: u64, length: u64) -> std::io::Result<()> {
     }
 }
 
+/// An object from a byte on.
+async fn from(
+    chain: &Chain,
+    object: &ObjectPath,
+    at: u64,
+) -> object_store::Result<BoxStream<'static, object_store::Result<Bytes>>> {
+    let options = GetOptions {
+        range: (at > 0).then_some(GetRange::Offset(at)),
+        ..GetOptions::default()
+    };
+    let got = chain.bucket().get_opts(object, options).await?;
+    Ok(got.into_stream())
+}
+
 async fn fetch(
     chain: &Chain,
     manifest: &Manifest,
@@ -107,26 +123,35 @@ async fn fetch(
     if file.name.contains('/') || file.name.starts_with('.') {
         return Err(refuse("its name is not plain".into()));
     }
-    let got = chain.bucket().get(&object).await.map_err(|e| match e {
+    let failed = |e: object_store::Error| match e {
         object_store::Error::NotFound { .. } => unusable("it is missing"),
         e => refuse(e.to_string()),
-    })?;
+    };
+    let mut stream = from(chain, &object, 0).await.map_err(failed)?;
     let path = dir.join(&file.name);
     let mut coming = Coming {
         file: File::create_new(&path).map_err(io(&path))?,
         hasher: blake3::Hasher::new(),
         length: 0,
     };
-    let mut stream = got.into_stream();
+    let mut broke_at = 0;
     loop {
         let (mut pieces, mut bytes) = (Vec::new(), 0);
         while bytes < PIECE {
-            let next = stream.try_next().await;
-            let Some(piece) = next.map_err(|e| refuse(e.to_string()))? else {
-                break;
-            };
-            bytes += piece.len();
-            pieces.push(piece);
+            let at = coming.length + bytes as u64;
+            match stream.try_next().await {
+                Ok(Some(piece)) => {
+                    bytes += piece.len();
+                    pieces.push(piece);
+                }
+                Ok(None) => break,
+                // A connection that broke, or a disk that is so slow that the request took too long.
+                Err(_) if at > broke_at => {
+                    broke_at = at;
+                    stream = from(chain, &object, at).await.map_err(failed)?;
+                }
+                Err(e) => return Err(refuse(e.to_string())),
+            }
         }
         // More than it should be is no more use than less.
         let is_last = bytes < PIECE || coming.length > file.length;

@@ -42,9 +42,12 @@ impl Run {
         let known = directory.newest_link(&source).map_err(text)?;
         let keys = tenant::wrapped(&self.node.parts, &source).await;
         let keys = Arc::new(keys.map_err(text)?);
-        // Sealing that tenant waits for them.
-        if let Some(served) = self.node.parts.groups.get(source.group()) {
-            served.replica().lend(&keys);
+        let served = self.node.parts.groups.get(source.group());
+        let served = served.ok_or("this node has not opened the tenant yet")?;
+        // Sealing that tenant waits for them; it may have been sealed by now.
+        served.replica().lend(&keys);
+        if let Some(why) = served.sealed() {
+            return Err(format!("tenant {name} is sealed: {why}"));
         }
         let archive_key = self.node.archive_key();
         let archive_key = archive_key.ok_or("the archive key is not known yet")?;
@@ -58,6 +61,7 @@ impl Run {
             rpo: Duration::from_millis(source.rpo_ms),
             point,
             settled,
+            served: Some(served),
         };
         let chain = self.current(from.first, &archive_key, known).await;
         let chain = chain.map_err(text)?;
@@ -111,9 +115,8 @@ impl Run {
             tenant: record.id,
             incarnation: 1,
         };
-        let served = self.node.parts.groups.get(from.first);
         let is_open = |group: &Arc<Group>| group.sealed().is_none();
-        let go_on = || served.as_ref().is_none_or(is_open);
+        let go_on = || from.served.as_ref().is_none_or(is_open);
         let came_to = (rebuilt.state.revision, rebuilt.state.time_ms);
         let budget = &self.node.parts.budget;
         let copied = rebuilt.copy_to(group, keys.clone(), budget, &dir.join("copy"), go_on);
@@ -126,6 +129,7 @@ impl Run {
             majority: record.placement.len() / 2 + 1,
             point: Point::Newest,
             settled: true,
+            served: None,
             ..from
         };
         // The other tenant's are needed no more.

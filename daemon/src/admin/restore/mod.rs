@@ -127,6 +127,8 @@ struct Wanted<'a> {
     point: Point,
     /// All that was acknowledged is in the archive.
     settled: bool,
+    /// What is served of it: its key must not be held in memory any longer than there.
+    served: Option<Arc<Group>>,
 }
 
 /// Where a restore is made; it goes with this.
@@ -317,9 +319,7 @@ impl Run {
         wanted: &Wanted<'_>,
     ) -> Result<Rebuilt, RestoreError> {
         let (events, tenant) = (self.events.clone(), wanted.name.to_string());
-        // One whose key is taken away meanwhile is not held in memory any longer.
-        let served = self.node.parts.groups.get(chain.group());
-        let served = served.filter(|group| group.sealed().is_none());
+        let served = wanted.served.clone();
         let goes_on = move || served.as_ref().is_none_or(|group| group.sealed().is_none());
         let report = Arc::new(move |progress: Progress| {
             let (phase, done, total) = match progress {

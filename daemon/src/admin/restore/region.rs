@@ -115,6 +115,7 @@ impl Run {
             rpo: Duration::ZERO,
             point: Point::Newest,
             settled: true,
+            served: None,
         };
         let done = self.restore_group(&wanted, async { Ok(()) }).await?;
         node.save_region(done.group.id(), false)?;
@@ -226,6 +227,7 @@ impl Run {
                 point: aim.point,
                 // Nothing of it is left but the archive.
                 settled: true,
+                served: None,
             };
             let done = self.restore_group(&wanted, async { Ok(()) }).await?;
             let group = &done.group;

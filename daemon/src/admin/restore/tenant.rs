@@ -34,6 +34,7 @@ impl Run {
         let settled = self.settle(&record).await? || record.restoring.is_some();
         let known = directory.newest_link(&record).map_err(text)?;
         let keys = tenant::wrapped(&self.node.parts, &record).await;
+        let served = self.node.parts.groups.get(record.group());
         let archive_key = self.node.archive_key();
         let archive_key = archive_key.ok_or("the archive key is not known yet")?;
         let wanted = Wanted {
@@ -46,6 +47,8 @@ impl Run {
             rpo: Duration::from_millis(record.rpo_ms),
             point,
             settled,
+            // One that is sealed already is restored all the same.
+            served: served.filter(|group| group.sealed().is_none()),
         };
         let why = match point {
             Point::Newest => "its newest archived state".to_string(),
