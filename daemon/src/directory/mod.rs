@@ -198,8 +198,8 @@ impl Directory {
         id: TenantId,
         day: u64,
     ) -> Result<Option<Found<ObjectiveRecord>>, DirectoryError> {
-        let days = self.objective_days(id)?.into_iter();
-        Ok(days.into_iter().find(|found| found.record.day == day))
+        let days = self.list(&format!("/objectives/{id}/{day:06}"))?;
+        Ok(days.into_iter().next())
     }
 
     /// Records a day of a tenant's objectives, and forgets those before `limits::OBJECTIVE_DAYS`.

@@ -47,15 +47,15 @@ async fn client(cloud_region: &str, endpoint: Option<&str>) -> Client {
 }
 
 /// A bucket of S3, and where in it the region's objects lie.
-pub(super) struct S3 {
-    pub client: Client,
-    pub bucket: String,
+struct S3 {
+    client: Client,
+    bucket: String,
     /// Empty, or it ends with `/`.
     root: String,
 }
 
 /// The bucket, if it is not a directory.
-pub(super) async fn opened(config: &BucketConfig) -> Result<Option<S3>, String> {
+async fn opened(config: &BucketConfig) -> Result<Option<S3>, String> {
     let url = Url::parse(&config.url).map_err(|e| e.to_string())?;
     let ("s3", Some(bucket), Some(declared)) = (url.scheme(), url.host_str(), &config.cloud_region)
     else {

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kms::TenantKeys;
 use openraft::async_runtime::WatchReceiver;
@@ -34,7 +34,7 @@ use crate::archive::ledger::Ledger;
 use crate::engine::{Budget, EngineError};
 use crate::log::{LogReader, NodeLog};
 use crate::machine::{Standing, State, Store};
-use crate::mvcc::digest::{Digests, Hasher};
+use crate::mvcc::digest::Digests;
 use crate::network::{Peers, Service};
 use crate::proto::command::{Command, Reply};
 
@@ -46,8 +46,6 @@ pub(super) const ELECTION_MS: (u64, u64) = (1500, 2500);
 const TELL_FENCED: Duration = Duration::from_secs(2);
 /// How often a replica that is being filled looks whether it is.
 const FILLING: Duration = Duration::from_millis(200);
-/// A scan that is ahead of its rate by this much sleeps.
-const SCAN_STEP: Duration = Duration::from_millis(20);
 
 #[derive(Debug, Error)]
 pub enum GroupError {
@@ -61,25 +59,6 @@ pub enum GroupError {
     Fenced(GroupId),
     #[error("this node's replica of group {0} is damaged")]
     Quarantined(GroupId),
-}
-
-impl ScanError {
-    /// Whether the replica is damaged; else it could not be read this time.
-    pub fn is_damage(&self) -> bool {
-        match self {
-            ScanError::Digest(_) => true,
-            ScanError::Engine(e) => e.is_damage(),
-        }
-    }
-}
-
-/// What a scan of a replica found.
-#[derive(Debug, Error)]
-pub enum ScanError {
-    #[error(transparent)]
-    Engine(#[from] EngineError),
-    #[error("its rows do not have its digest at revision {0}")]
-    Digest(i64),
 }
 
 /// What a group is opened with.
@@ -122,7 +101,7 @@ pub struct Shared {
     archived_out: Arc<AtomicU64>,
     pub(super) min_voters: usize,
     fenced: AtomicBool,
-    quarantined: AtomicBool,
+    pub(super) quarantined: AtomicBool,
     /// How often a checkpoint in the bucket was asked for, and up to which time one was made since.
     pub wanted: AtomicU64,
     pub served: AtomicU64,
@@ -348,7 +327,7 @@ impl Group {
 
     /// Whether this replica was filled: it votes, or has voted.
     pub fn has_joined(&self) -> bool {
-        if self.shared.filling.load(Ordering::Acquire) {
+        if self.is_filling() {
             return false;
         }
         let joined = &self.shared.joined;
@@ -577,52 +556,6 @@ impl Group {
         if self.sealed().is_none() {
             let _ = self.raft().trigger().snapshot().await;
         }
-    }
-
-    /// Counts the digests anew from every row, reading at most `rate` bytes a second, and compares
-    /// them with the running ones of the same moment. Blocking.
-    pub fn scan(&self, rate: u64) -> Result<(), ScanError> {
-        let keys = self.keys().ok_or(EngineError::Sealed)?;
-        let hasher = Hasher::new(&keys);
-        drop(keys);
-        let (started, mut read) = (Instant::now(), 0u64);
-        let pace = |bytes: usize| {
-            read += bytes as u64;
-            let due = Duration::from_secs_f64(read as f64 / rate as f64);
-            let ahead = due.saturating_sub(started.elapsed());
-            // In steps that are worth a sleep.
-            if ahead > SCAN_STEP {
-                std::thread::sleep(ahead);
-            }
-            self.sealed().is_none()
-        };
-        let (found, state) = self.store().scan_digests(&hasher, pace)?;
-        match found == state.digests {
-            true => Ok(()),
-            false => Err(ScanError::Digest(state.revision)),
-        }
-    }
-
-    /// Ends this replica, which is damaged: it comes back as a new one, from its peers.
-    /// Answers whether that is on record; else it is found again after a restart.
-    pub async fn quarantine(&self) -> bool {
-        tracing::error!(group = %self.id(), "ALARM: this replica is damaged and stops, until it is rebuilt from its peers");
-        let noted = self.replica().dir.quarantine();
-        if let Err(e) = &noted {
-            tracing::error!(group = %self.id(), error = %e, "the quarantine is not recorded: the damage is found again after a restart");
-        }
-        self.set_quarantined(true);
-        let _ = self.raft().shutdown().await;
-        noted.is_ok()
-    }
-
-    /// Says that this replica holds nothing, for a quarantine that may yet be withdrawn.
-    pub fn set_quarantined(&self, is: bool) {
-        self.shared.quarantined.store(is, Ordering::Release);
-    }
-
-    pub fn is_quarantined(&self) -> bool {
-        self.shared.quarantined.load(Ordering::Acquire)
     }
 
     /// Digests of recent positions, oldest first.

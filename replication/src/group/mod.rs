@@ -10,6 +10,7 @@ mod read;
 mod registry;
 pub mod replica;
 pub mod rewriting;
+mod scan;
 pub mod sealing;
 mod snapshot;
 mod state_machine;
@@ -19,8 +20,9 @@ mod suite;
 pub mod types;
 mod upkeep;
 
-pub use member::{Checkpoint, Group, GroupConfig, GroupError, ScanError};
+pub use member::{Checkpoint, Group, GroupConfig, GroupError};
 pub use propose::ProposeError;
 pub use registry::{DaemonCalls, Groups};
+pub use scan::ScanError;
 pub use state_machine::SnapshotDir;
 pub use status::{GroupStatus, Role};

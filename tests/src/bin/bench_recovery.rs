@@ -336,7 +336,9 @@ async fn drill() -> Result<()> {
             () = tokio::time::sleep(over) => {}
             failed = beside => failed?,
         }
-        turns[turn % 3].push(load.figures(began.elapsed()).1);
+        let (rate, p99) = load.figures(began.elapsed());
+        ensure!(rate > 0.0, "no put was acknowledged in turn {turn}");
+        turns[turn % 3].push(p99);
         if on {
             // The one that was under way is over before the next turn.
             let busy = || region.holdfast(&["drill", "run", "acme"]);
