@@ -135,10 +135,11 @@ type Derived = HashMap<(u32, [u8; 16]), Arc<Guarded<Aes256Gcm>>>;
 
 /// Opens what sealers of one tenant, incarnation and purpose made, in any generation held.
 pub struct Opener {
-    keys: Arc<TenantKeys>,
     purpose: Purpose,
     aad: Vec<u8>,
     derived: RwLock<Derived>,
+    /// Dropped last: whoever waits for them to be gone waits for what was derived too.
+    keys: Arc<TenantKeys>,
 }
 
 impl Opener {

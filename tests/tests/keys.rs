@@ -1,10 +1,11 @@
 //! Rows 25 to 29: a tenant's key is taken away, given back, not answered for, rotated and changed.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use daemon::proto::admin::Tenant;
+use daemon::proto::admin::{KeyReport, Tenant};
 use holdfast_tests::failpoint::interrupted;
 use holdfast_tests::kms::{Mode, Proxy, create_key, schedule_deletion, with_key};
 use holdfast_tests::memory;
@@ -22,18 +23,19 @@ use replication::machine::Payload;
 /// The bound of the contract.
 const BOUND: Duration = Duration::from_secs(60);
 
-/// Every key that a tenant's data keys came to on its nodes: the data keys themselves, the key of
-/// each file and of each sealer, and the second part of each one's expanded schedule.
-async fn material(region: &Region, tenant: &Tenant) -> Result<Vec<[u8; 32]>> {
+/// Every key that a tenant's data keys came to on its nodes, with what it is: the data keys themselves,
+/// the key of each file and of each sealer, and the second part of each one's expanded schedule.
+async fn material(region: &Region, tenant: &Tenant) -> Result<BTreeMap<[u8; 32], String>> {
     let id: TenantId = tenant.id.parse().map_err(anyhow::Error::msg)?;
     let group = GroupId {
         tenant: id,
         incarnation: 1,
     };
     let keys = keys_of(region, id).await?;
-    let mut all: Vec<Arc<Secret>> = Vec::new();
+    let mut all: Vec<(String, Arc<Secret>)> = Vec::new();
     for generation in keys.held() {
-        all.extend(keys.generation(generation));
+        let key = keys.generation(generation);
+        all.extend(key.map(|key| (format!("data key {generation}"), key)));
     }
     for node in &region.nodes {
         let replica = node.config.data_dir.join("tenants").join(group.to_string());
@@ -42,7 +44,8 @@ async fn material(region: &Region, tenant: &Tenant) -> Result<Vec<[u8; 32]>> {
             if bytes.len() >= 4096 && bytes.starts_with(b"HOLDFAST") {
                 let generation = u32::from_be_bytes(bytes[9..13].try_into()?);
                 if let Some(key) = keys.generation(generation) {
-                    all.push(Arc::new(key.derive(&bytes[13..45], b"holdfast/v1/file")));
+                    let key = key.derive(&bytes[13..45], b"holdfast/v1/file");
+                    all.push((format!("the key of {}", file.display()), Arc::new(key)));
                 }
             }
         }
@@ -57,29 +60,49 @@ async fn material(region: &Region, tenant: &Tenant) -> Result<Vec<[u8; 32]>> {
                 let generation = kms::seal::generation_of(&sealed)?;
                 if let Some(key) = keys.generation(generation) {
                     let salt = &sealed[5..21];
-                    all.push(Arc::new(key.derive(salt, b"holdfast/v1/seal/log-entry")));
+                    let key = key.derive(salt, b"holdfast/v1/seal/log-entry");
+                    all.push(("a sealer's key".into(), Arc::new(key)));
                 }
             }
         }
     }
     ensure!(all.len() > files, "no sealed entry of the tenant was found");
-    let mut found: Vec<[u8; 32]> = Vec::new();
-    for key in all {
-        found.push(*key.expose());
-        found.push(memory::round_keys(key.expose()));
+    let mut found = BTreeMap::new();
+    for (what, key) in all {
+        found.insert(
+            memory::round_keys(key.expose()),
+            format!("{what}, expanded"),
+        );
+        found.insert(*key.expose(), what);
     }
-    found.sort_unstable();
-    found.dedup();
     Ok(found)
 }
 
-/// How often any of `needles` lies in each node's memory.
-fn in_memory(region: &Region, needles: &[[u8; 32]]) -> Result<Vec<usize>> {
+/// What of `material` lies in each node's memory, once for each time that it does.
+fn in_memory(region: &Region, material: &BTreeMap<[u8; 32], String>) -> Result<Vec<Vec<String>>> {
+    let needles: Vec<[u8; 32]> = material.keys().copied().collect();
     let of = |node: &holdfast_tests::region::NodeProcess| {
         let pid = node.pid().context("the node runs")?;
-        Ok(memory::count(pid, needles)?.into_iter().sum())
+        let counted = memory::count(pid, &needles)?.into_iter();
+        let found = counted.zip(material.values());
+        Ok(found.flat_map(|(n, what)| vec![what.clone(); n]).collect())
     };
     region.nodes.iter().map(of).collect()
+}
+
+/// Waits until each node says that sealing is over: a request that is on its way may hold the keys until
+/// then, for a while after the first refusal.
+async fn sealing_is_over(region: &Region, tenant: &str) -> Result<()> {
+    let began = Instant::now();
+    loop {
+        let reports = region.tenant(0, tenant).await?.key_reports;
+        let over = |r: &KeyReport| r.sealed_ms >= r.refused_ms && r.sealed_ms > 0;
+        if reports.len() == region.nodes.len() && reports.iter().all(over) {
+            return Ok(());
+        }
+        ensure!(began.elapsed() < BOUND, "not over: {reports:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 /// Row 26, and the life of a sealed tenant: it is refused everywhere with the reason, its keys are
@@ -106,26 +129,27 @@ async fn a_revoked_tenant_is_sealed_lives_on_and_resumes() -> Result<()> {
     region.serving().await?;
     region.archived("acme").await?;
     let shown = region.tenant(0, "acme").await?;
-    let needles = material(&region, &shown).await?;
-    let before = in_memory(&region, &needles)?;
+    let before = in_memory(&region, &material(&region, &shown).await?)?;
     ensure!(
-        before.iter().all(|n| *n > 0),
+        before.iter().all(|found| !found.is_empty()),
         "not found before: {before:?}"
     );
 
     region.keyfile().set_state("acme", KeyState::Disabled)?;
     let took = at_nodes.sealed("disabled", BOUND).await?;
     println!("sealed on each node {took} after the key was disabled");
+    sealing_is_over(&region, "acme").await?;
     // The files of the end have keys of their own.
     let needles = material(&region, &shown).await?;
     let after = in_memory(&region, &needles)?;
     ensure!(
-        after.iter().all(|n| *n == 0),
+        after.iter().all(Vec::is_empty),
         "still in memory: {after:?} of {}",
         needles.len()
     );
+    let times: Vec<usize> = before.iter().map(Vec::len).collect();
     println!(
-        "{} keys and schedules: in memory {before:?} times before, {after:?} after",
+        "{} keys and schedules: in memory {times:?} times before, not once after",
         needles.len()
     );
     let acknowledged = acme.stop().await?;

@@ -121,10 +121,11 @@ pub struct Applied {
 /// Applies the entries of one group to one store. It holds the tenant's keys.
 pub struct Machine {
     store: Arc<Store>,
-    keys: Arc<TenantKeys>,
     codec: EntryCodec,
     hasher: Hasher,
     latest: Mutex<Latest>,
+    /// Dropped last: sealing waits for them to be gone, and for the codec's with them.
+    keys: Arc<TenantKeys>,
 }
 
 impl Machine {
