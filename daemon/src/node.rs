@@ -12,7 +12,7 @@ use kms::{KeyUri, Providers, TenantId, WrappedKey, WrappedKeyStore};
 use parking_lot::RwLock;
 use replication::archive::archiver::Report;
 use replication::archive::chain::Tail;
-use replication::engine::{Budget, Ciphering};
+use replication::engine::{Budget, Ciphering, relieve};
 use replication::group::Groups;
 use replication::group::replica::is_quarantined;
 use replication::log::NodeLog;
@@ -35,6 +35,9 @@ use crate::retention;
 use crate::scrub;
 use crate::server;
 use crate::tenant::{DRILL, Parts, RESTORE, Registry, deletion, rewriting, rotation};
+
+/// How often the memtables of all tenants are looked at: what a disk's speed adds meanwhile is little.
+const MEMTABLES: Duration = Duration::from_millis(200);
 
 pub(crate) const LOOK: Duration = Duration::from_millis(100);
 
@@ -328,8 +331,28 @@ impl Node {
         let own = self.clone();
         self.spawn(async move { own.watch_bucket().await });
         let own = self.clone();
+        self.spawn(async move { own.watch_memtables().await });
+        let own = self.clone();
         self.spawn(async move { deletion::keep(own).await });
         Ok(())
+    }
+
+    /// Has the largest memtables written out before all of them together come to their bound.
+    async fn watch_memtables(&self) {
+        loop {
+            tokio::time::sleep(MEMTABLES).await;
+            let excess = self.parts.budget.excess();
+            if excess == 0 {
+                continue;
+            }
+            let groups = self.parts.groups.all();
+            let engines = groups.iter().filter_map(|g| g.store().engine().ok());
+            let engines: Vec<_> = engines.collect();
+            let relieved = tokio::task::spawn_blocking(move || relieve(&engines, excess)).await;
+            if let Ok(Err(e)) = relieved {
+                tracing::warn!(error = %e, "memtables of a tenant are not written out");
+            }
+        }
     }
 
     /// Asks where the bucket lies until that is known, and again at intervals.

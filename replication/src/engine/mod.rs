@@ -6,6 +6,7 @@
 //! node share one write-buffer budget and the process's background threads; each has a block cache
 //! of its own, so that its blocks can be erased with it.
 
+mod budget;
 pub mod env;
 
 use std::path::{Path, PathBuf};
@@ -15,10 +16,11 @@ use kms::TenantKeys;
 use rocksdb::checkpoint::Checkpoint;
 use rocksdb::{
     BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamilyDescriptor, CompactOptions,
-    DB, InfoLogger, LogLevel, Options, WriteBatch, WriteBufferManager, WriteOptions,
+    DB, FlushOptions, InfoLogger, LogLevel, Options, WriteBatch, WriteOptions, properties,
 };
 use thiserror::Error;
 
+pub use budget::{Budget, relieve};
 pub use env::Ciphering;
 
 /// Column families; see docs/ARCHITECTURE.md for what each holds.
@@ -88,38 +90,6 @@ impl EngineError {
     }
 }
 
-/// What all engines of a node share.
-pub struct Budget {
-    write_buffers: WriteBufferManager,
-    cache_bytes: usize,
-    pub ciphering: Ciphering,
-    /// Tables are compacted as they gather.
-    compacts: bool,
-}
-
-impl Budget {
-    /// `write_bytes` bounds all memtables of the node together; `cache_bytes` one tenant's cache.
-    pub fn new(write_bytes: usize, cache_bytes: usize, ciphering: Ciphering) -> Arc<Self> {
-        Arc::new(Budget {
-            write_buffers: WriteBufferManager::new_write_buffer_manager(write_bytes, false),
-            cache_bytes,
-            ciphering,
-            compacts: true,
-        })
-    }
-
-    /// Of an engine that is read once and removed: it compacts nothing, which RocksDB would do on
-    /// threads that the node's other engines share.
-    pub fn passing(write_bytes: usize, cache_bytes: usize) -> Arc<Self> {
-        Arc::new(Budget {
-            write_buffers: WriteBufferManager::new_write_buffer_manager(write_bytes, false),
-            cache_bytes,
-            ciphering: Ciphering::Encrypted,
-            compacts: false,
-        })
-    }
-}
-
 const MEMTABLE: usize = 32 << 20;
 const BLOOM_BITS: f64 = 10.0;
 
@@ -141,6 +111,8 @@ impl Engine {
         options.create_missing_column_families(true);
         options.set_env(&env);
         options.set_atomic_flush(true);
+        // A thread for each open would cost more than small engines, of which there are many, take to open.
+        options.set_max_file_opening_threads(1);
         options.set_write_buffer_manager(&budget.write_buffers);
         // RocksDB's words can quote keys: only that it complained is logged.
         options.set_info_logger(InfoLogger::new_callback_logger(
@@ -178,6 +150,8 @@ impl Engine {
         options.set_compression_type(rocksdb::DBCompressionType::Lz4);
         if matches!(cf, Cf::Kv | Cf::Auth) {
             table.set_bloom_filter(BLOOM_BITS, false);
+        }
+        if cf == Cf::Kv {
             options.set_memtable_whole_key_filtering(true);
             options.set_memtable_prefix_bloom_ratio(0.05);
         }
@@ -239,6 +213,24 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// Bytes of its memtables.
+    fn memtables(&self) -> Result<u64, EngineError> {
+        let mut bytes = 0;
+        for cf in Cf::ALL {
+            let size = self
+                .db
+                .property_int_value_cf(self.cf(cf), properties::SIZE_ALL_MEM_TABLES)?;
+            bytes += size.unwrap_or(0);
+        }
+        Ok(bytes)
+    }
+
+    /// Writes the memtables of all column families out together. Blocking.
+    fn flush(&self) -> Result<(), EngineError> {
+        let families = Cf::ALL.map(|cf| self.cf(cf));
+        Ok(self.db.flush_cfs_opt(&families, &FlushOptions::default())?)
     }
 
     /// Ends what runs in the background, so that whoever waits for it is done.
