@@ -159,6 +159,12 @@ impl NodeConfig {
                     .into(),
             );
         }
+        if let Some(lock) = &self.bucket.object_lock {
+            found.extend(lock.problem());
+            if !self.bucket.url.starts_with("s3:") {
+                found.push("bucket.object_lock: only a bucket of S3 has an Object Lock".into());
+            }
+        }
         if self
             .max_log_bytes
             .is_some_and(|bytes| bytes < crate::limits::MIN_LOG)

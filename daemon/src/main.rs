@@ -110,6 +110,7 @@ async fn run_dev(dir: Option<PathBuf>, port: u16) -> Result<(), String> {
                 ),
                 cloud_region: None,
                 endpoint: None,
+                object_lock: None,
             },
             dir: dir.clone(),
             nodes: 3,

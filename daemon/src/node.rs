@@ -12,6 +12,7 @@ use kms::{KeyUri, Providers, TenantId, WrappedKey, WrappedKeyStore};
 use parking_lot::RwLock;
 use replication::archive::archiver::Report;
 use replication::archive::chain::Tail;
+use replication::archive::lock;
 use replication::engine::{Budget, Ciphering, relieve};
 use replication::group::Groups;
 use replication::group::replica::is_quarantined;
@@ -180,6 +181,7 @@ impl Node {
             config,
         });
         node.check_bucket().await?;
+        lock::check(&node.config.bucket).await?;
         groups.set_daemon(Calls::of(&node));
         let listener = bind(node.config.peer_address).await?;
         node.spawn(network::serve(listener, tls, hello, groups));

@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use replication::archive::lock::Locks;
 use replication::archive::scrub::{self, Scrubbed};
 use tokio::time::Instant;
 
@@ -40,10 +41,15 @@ impl Node {
         let go_on = || !self.is_restoring();
         let directory = self.directory().ok_or("the directory is not open")?;
         let known = directory.newest_link(record).map_err(text)?;
-        let scrubbed = scrub::scrub(&chain, known, limits::SCRUB_RATE, &go_on).await;
+        let locks = Locks::of(&self.config.bucket);
+        let scrubbed = scrub::scrub(&chain, known, limits::SCRUB_RATE, locks.as_ref(), &go_on);
+        let scrubbed = scrubbed.await;
         let scrubbed = scrubbed.map_err(text)?;
         let scrubbed = scrubbed.ok_or("it was stopped by a restore")?;
         self.unchanged(record).await?;
+        if let Some(first) = scrubbed.unlocked.first() {
+            tracing::error!(tenant = %record.id, objects = scrubbed.unlocked.len(), first, "ALARM: the store does not renew the Object Locks of these objects");
+        }
         for damage in &scrubbed.damages {
             tracing::error!(tenant = %record.id, %damage, "ALARM: the archive is damaged");
             self.event(record, EventKind::ArchiveDamaged, damage.to_string());

@@ -39,6 +39,7 @@ pub fn run(init: Init) -> Result<ExitCode, String> {
             url,
             cloud_region: init.cloud_region,
             endpoint: init.endpoint,
+            object_lock: None,
         },
     })?;
     println!("Wrote a certificate authority, operator.toml and, for each node, a certificate and:");

@@ -101,6 +101,7 @@ impl Region {
             url,
             cloud_region: None,
             endpoint: None,
+            object_lock: None,
         };
         Self::with_bucket(dir, bucket)
     }

@@ -244,44 +244,72 @@ pub fn s3(endpoint: &str, bucket: &str) -> Result<impl ObjectStore> {
         .build()?)
 }
 
-/// Makes a bucket with a signed request, retrying while the server is starting.
+/// What a store answers to a signed request: the HTTP status, and head and body.
+pub async fn signed(
+    url: &str,
+    method: &str,
+    headers: &[&str],
+    body: &str,
+) -> Result<(String, String)> {
+    let mut curl = tokio::process::Command::new("curl");
+    curl.args(["-sS", "-w", "\n%{http_code}", "--max-time", "20"]);
+    match method {
+        "HEAD" => curl.arg("--head"),
+        _ => curl.args(["-X", method]),
+    };
+    let region = format!("aws:amz:{CLOUD_REGION}:s3");
+    curl.args([
+        "--aws-sigv4",
+        &region,
+        "--user",
+        &format!("{USER}:{SECRET}"),
+    ]);
+    let always = [
+        "x-amz-content-sha256: UNSIGNED-PAYLOAD",
+        "Content-Type: application/xml",
+    ];
+    for header in always.iter().chain(headers) {
+        curl.args(["-H", header]);
+    }
+    if !body.is_empty() {
+        curl.args(["--data-binary", body]);
+    }
+    let out = curl.arg(url).output().await?;
+    let said = String::from_utf8_lossy(&out.stdout).into_owned();
+    match said.rsplit_once('\n') {
+        Some((text, code)) if code != "000" => Ok((code.into(), text.into())),
+        _ => anyhow::bail!("{}", String::from_utf8_lossy(&out.stderr)),
+    }
+}
+
+/// Makes a bucket, retrying while the server is starting.
 pub async fn make_bucket(endpoint: &str, bucket: &str) -> Result<()> {
+    make_bucket_with(endpoint, bucket, &[]).await
+}
+
+/// Makes a bucket whose objects can be locked.
+pub async fn make_lockable_bucket(endpoint: &str, bucket: &str) -> Result<()> {
+    make_bucket_with(
+        endpoint,
+        bucket,
+        &["x-amz-bucket-object-lock-enabled: true"],
+    )
+    .await
+}
+
+async fn make_bucket_with(endpoint: &str, bucket: &str, headers: &[&str]) -> Result<()> {
     let body = format!(
         "<CreateBucketConfiguration xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><LocationConstraint>{CLOUD_REGION}</LocationConstraint></CreateBucketConfiguration>"
     );
     let deadline = Instant::now() + Duration::from_secs(90);
     loop {
-        let out = tokio::process::Command::new("curl")
-            .args([
-                "-sS",
-                "-o",
-                "/dev/null",
-                "-w",
-                "%{http_code}",
-                "-X",
-                "PUT",
-                "--max-time",
-                "20",
-            ])
-            .args([
-                "--aws-sigv4",
-                &format!("aws:amz:{CLOUD_REGION}:s3"),
-                "--user",
-                &format!("{USER}:{SECRET}"),
-            ])
-            .args(["-H", "x-amz-content-sha256: UNSIGNED-PAYLOAD"])
-            .args(["-H", "Content-Type: application/xml"])
-            .args(["--data-binary", &body, &format!("{endpoint}/{bucket}")])
-            .output()
-            .await?;
-        let code = String::from_utf8_lossy(&out.stdout).into_owned();
-        if code == "200" {
+        let said = signed(&format!("{endpoint}/{bucket}"), "PUT", headers, &body).await;
+        if matches!(&said, Ok((code, _)) if code == "200") {
             return Ok(());
         }
         ensure!(
             Instant::now() < deadline,
-            "bucket {bucket} cannot be made: {code} {}",
-            String::from_utf8_lossy(&out.stderr)
+            "bucket {bucket} cannot be made: {said:?}"
         );
         tokio::time::sleep(Duration::from_millis(300)).await;
     }

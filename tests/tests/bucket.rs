@@ -18,6 +18,7 @@ async fn behind_a_proxy(rpo_ms: u64) -> Result<(Server, Proxy, Region)> {
         url: "s3://holdfast/eu".into(),
         cloud_region: Some(servers::CLOUD_REGION.into()),
         endpoint: Some(proxy.endpoint.clone()),
+        object_lock: None,
     };
     let mut region = Region::with_bucket(tempfile::tempdir()?, bucket)?;
     region.environment = servers::credentials();
@@ -157,6 +158,7 @@ async fn a_log_over_its_cap_is_bridged_by_a_checkpoint() -> Result<()> {
         url: "s3://holdfast/eu".into(),
         cloud_region: Some(servers::CLOUD_REGION.into()),
         endpoint: Some(proxy.endpoint.clone()),
+        object_lock: None,
     };
     let mut region = Region::with_bucket(tempfile::tempdir()?, bucket)?;
     region.environment = servers::credentials();

@@ -202,6 +202,7 @@ async fn versions_are_destroyed_and_the_store_is_asked_where_it_lies() -> Result
         url: "s3://holdfast/eu".into(),
         cloud_region: Some(cloud_region.into()),
         endpoint: Some(endpoint.clone()),
+        object_lock: None,
     };
     let mut region = Region::with_bucket(tempfile::tempdir()?, bucket("eu-west-1"))?;
     region.environment = servers::credentials();

@@ -18,6 +18,7 @@ async fn a_tenant_under_a_kms_key_is_restored_and_refused() -> Result<()> {
         url: "s3://holdfast".into(),
         cloud_region: Some(CLOUD_REGION.into()),
         endpoint: Some(localstack.endpoint.clone()),
+        object_lock: None,
     };
     let mut region = Region::with_bucket(tempfile::tempdir()?, bucket)?;
     region.on_kms(&localstack.endpoint)?;

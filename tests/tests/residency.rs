@@ -19,6 +19,7 @@ async fn a_bucket_of_another_jurisdiction_is_refused() -> Result<()> {
         url: "s3://holdfast".into(),
         cloud_region: Some("us-east-1".into()),
         endpoint: None,
+        object_lock: None,
     };
     let problems = config.problems().join("\n");
     ensure!(

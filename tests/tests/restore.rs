@@ -253,6 +253,7 @@ async fn an_old_region_that_still_runs_is_fenced() -> Result<()> {
         url: format!("file://{}", region.bucket().display()),
         cloud_region: None,
         endpoint: None,
+        object_lock: None,
     };
     let mut new = Region::with_bucket(tempfile::tempdir()?, bucket)?;
     std::fs::copy(region.keyfile().path(), new.keyfile().path())?;
@@ -359,6 +360,7 @@ async fn the_enhanced_tier_comes_first_and_figures_are_recorded() -> Result<()> 
         url: format!("file://{}", region.bucket().display()),
         cloud_region: None,
         endpoint: None,
+        object_lock: None,
     };
     let mut foreign = Region::in_jurisdiction(kms::Region::Us, tempfile::tempdir()?, bucket)?;
     foreign.start_all()?;
@@ -444,6 +446,7 @@ async fn restores_from_real_object_stores() -> Result<()> {
             url: "s3://holdfast/eu".into(),
             cloud_region: Some(servers::CLOUD_REGION.into()),
             endpoint: Some(server.endpoint.clone()),
+            object_lock: None,
         };
         let mut region = Region::with_bucket(tempfile::tempdir()?, bucket)?;
         region.environment = servers::credentials();
@@ -470,6 +473,7 @@ async fn service_goes_on_without_the_bucket() -> Result<()> {
         url: "s3://holdfast".into(),
         cloud_region: Some(servers::CLOUD_REGION.into()),
         endpoint: Some(minio.endpoint.clone()),
+        object_lock: None,
     };
     let mut region = Region::with_bucket(tempfile::tempdir()?, bucket)?;
     region.environment = servers::credentials();

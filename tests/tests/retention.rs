@@ -33,6 +33,7 @@ async fn on_versions() -> Result<(Server, Region)> {
         url: "s3://holdfast/eu".into(),
         cloud_region: Some(servers::CLOUD_REGION.into()),
         endpoint: Some(localstack.endpoint.clone()),
+        object_lock: None,
     };
     let mut region = Region::with_bucket(tempfile::tempdir()?, bucket)?;
     region.environment = servers::credentials();

@@ -16,6 +16,7 @@ use object_store::{BackoffConfig, ClientOptions, ObjectStore, RetryConfig};
 use serde::{Deserialize, Serialize};
 use url::Url;
 
+use super::lock::{Locking, Locks, ObjectLock};
 use crate::GroupId;
 use kms::{KeyUri, Region, TenantId};
 
@@ -29,6 +30,8 @@ pub struct BucketConfig {
     pub cloud_region: Option<String>,
     /// An S3 endpoint other than AWS's.
     pub endpoint: Option<String>,
+    /// Locks what the archive writes; the bucket must have been made with Object Lock.
+    pub object_lock: Option<ObjectLock>,
 }
 
 impl BucketConfig {
@@ -90,9 +93,13 @@ impl BucketConfig {
             .build()
             .map_err(|e| format!("bucket {bucket}: {e}"))?;
         let prefix = url.path().trim_matches('/');
-        Ok(match prefix.is_empty() {
+        let store: Arc<dyn ObjectStore> = match prefix.is_empty() {
             true => Arc::new(store),
             false => Arc::new(PrefixStore::new(store, prefix)),
+        };
+        Ok(match Locks::of(self) {
+            Some(locks) => Arc::new(Locking::new(store, locks)),
+            None => store,
         })
     }
 }

@@ -12,6 +12,7 @@ pub mod checkpoint;
 pub mod holds;
 pub mod ledger;
 pub mod link;
+pub mod lock;
 pub mod retention;
 pub mod rewriting;
 pub mod s3;

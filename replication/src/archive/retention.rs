@@ -335,7 +335,10 @@ pub async fn decide(
             continue;
         }
         sweep.remnants.push(before);
+        // It tells of a version that is left as long as that can be locked.
+        let locked = config.object_lock;
         match old(read.at_ms) {
+            true if locked.is_some_and(|lock| lock.stands(read.at_ms, now_ms)) => {}
             true => sweep.collected.push(read.object.to_string()),
             false => refer(read, &mut sweep.unreadable),
         }

@@ -52,6 +52,7 @@ impl Model {
                 url: "file:///nowhere/at/all".into(),
                 cloud_region: None,
                 endpoint: None,
+                object_lock: None,
             },
             chain: Chain::new(bucket, key, group),
             tail: Tail::default(),

@@ -2,9 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::Builder;
+use aws_sdk_s3::config::retry::RetryConfig;
+use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_sdk_s3::error::DisplayErrorContext;
 use futures::{StreamExt, TryStreamExt};
 use kms::aws::sdk_config;
@@ -14,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use url::Url;
 
 use super::bucket::BucketConfig;
+use super::lock::ObjectLock;
 
 /// Deletions at once.
 const IN_FLIGHT: usize = 16;
@@ -39,31 +43,72 @@ pub async fn location(config: &BucketConfig) -> Result<Option<String>, String> {
     })
 }
 
-async fn client(cloud_region: &str, endpoint: Option<&str>) -> Client {
+async fn builder(cloud_region: &str, endpoint: Option<&str>) -> Builder {
     let config = Builder::from(&sdk_config(cloud_region, endpoint).await);
     // Whatever is at an endpoint of its own may not resolve a name for each bucket.
-    let config = config.force_path_style(endpoint.is_some());
-    Client::from_conf(config.build())
+    config.force_path_style(endpoint.is_some())
+}
+
+async fn client(cloud_region: &str, endpoint: Option<&str>) -> Client {
+    Client::from_conf(builder(cloud_region, endpoint).await.build())
 }
 
 /// A bucket of S3, and where in it the region's objects lie.
-struct S3 {
+#[derive(Clone, Debug)]
+pub(super) struct S3 {
     client: Client,
-    bucket: String,
+    /// Patient, as the object store's library is.
+    pub(super) uploads: Client,
+    pub(super) bucket: String,
     /// Empty, or it ends with `/`.
     root: String,
 }
 
+impl S3 {
+    /// The store's name for an object.
+    pub(super) fn key(&self, object: &Path) -> String {
+        format!("{}{object}", self.root)
+    }
+
+    /// The bucket's default retention, if it has an Object Lock and that; otherwise whether the store says
+    /// that it has none, or does not say.
+    pub(super) async fn lock_configuration(&self) -> Result<Option<String>, bool> {
+        let asked = self.client.get_object_lock_configuration();
+        match asked.bucket(&self.bucket).send().await {
+            Ok(told) => {
+                let rule = told.object_lock_configuration().and_then(|c| c.rule());
+                let kept = rule.and_then(|rule| rule.default_retention());
+                Ok(kept.map(|kept| match (kept.days(), kept.years()) {
+                    (_, Some(years)) => format!("{years} years"),
+                    (days, None) => format!("{} days", days.unwrap_or(0)),
+                }))
+            }
+            Err(e) => {
+                let code = e.as_service_error().and_then(|e| e.meta().code());
+                Err(code == Some("ObjectLockConfigurationNotFoundError"))
+            }
+        }
+    }
+}
+
 /// The bucket, if it is not a directory.
-async fn opened(config: &BucketConfig) -> Result<Option<S3>, String> {
+pub(super) async fn opened(config: &BucketConfig) -> Result<Option<S3>, String> {
     let url = Url::parse(&config.url).map_err(|e| e.to_string())?;
     let ("s3", Some(bucket), Some(declared)) = (url.scheme(), url.host_str(), &config.cloud_region)
     else {
         return Ok(None);
     };
     let root = url.path().trim_matches('/');
+    let builder = builder(declared, config.endpoint.as_deref()).await;
+    let patient = TimeoutConfig::builder()
+        .connect_timeout(Duration::from_secs(3))
+        .operation_attempt_timeout(Duration::from_secs(30))
+        .build();
+    let retries = RetryConfig::standard().with_max_attempts(3);
+    let uploads = builder.clone().timeout_config(patient);
     Ok(Some(S3 {
-        client: client(declared, config.endpoint.as_deref()).await,
+        client: Client::from_conf(builder.build()),
+        uploads: Client::from_conf(uploads.retry_config(retries).build()),
         bucket: bucket.to_string(),
         root: match root.is_empty() {
             true => String::new(),
@@ -132,7 +177,10 @@ pub async fn destroy_older(
     prefix: &str,
     which: &Which<'_>,
 ) -> Result<Vec<Destroyed>, String> {
-    let mut gone = each(config, store, prefix, which).await?;
+    let mut gone = match opened(config).await? {
+        Some(s3) => each_version(&s3, prefix, which, config.object_lock).await?,
+        None => each_file(store, prefix, which).await?,
+    };
     gone.retain(|found| !found.left.is_empty());
     Ok(gone)
 }
@@ -146,7 +194,7 @@ async fn each(
     delete: &Which<'_>,
 ) -> Result<Vec<Destroyed>, String> {
     match opened(config).await? {
-        Some(s3) => each_version(&s3, prefix, delete).await,
+        Some(s3) => each_version(&s3, prefix, delete, None).await,
         None => each_file(store, prefix, delete).await,
     }
 }
@@ -293,13 +341,24 @@ async fn each_file(
     Ok(gone)
 }
 
-async fn each_version(s3: &S3, prefix: &str, delete: &Which<'_>) -> Result<Vec<Destroyed>, String> {
+/// What was written so lately that its lock stands is not tried.
+async fn each_version(
+    s3: &S3,
+    prefix: &str,
+    delete: &Which<'_>,
+    lock: Option<ObjectLock>,
+) -> Result<Vec<Destroyed>, String> {
     let S3 {
         client,
         bucket,
         root,
+        ..
     } = s3;
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let now_ms = now.unwrap_or_default().as_millis() as u64;
     let mut gone: BTreeMap<String, Destroyed> = BTreeMap::new();
+    // They go last: without its marker a version that a lock keeps would be current again.
+    let mut covers = Vec::new();
     let mut marker: Option<(String, Option<String>)> = None;
     loop {
         let (key, version) = marker.take().unzip();
@@ -313,12 +372,12 @@ async fn each_version(s3: &S3, prefix: &str, delete: &Which<'_>) -> Result<Vec<D
             .await
             .map_err(|e| format!("listing versions: {}", DisplayErrorContext(e)))?;
         let versions = page.versions().iter();
-        let versions = versions.map(|v| (v.key(), v.version_id(), v.last_modified()));
+        let versions = versions.map(|v| (v.key(), v.version_id(), v.last_modified(), false));
         let markers = page.delete_markers().iter();
-        let markers = markers.map(|m| (m.key(), m.version_id(), m.last_modified()));
-        let all = versions.chain(markers);
+        let markers = markers.map(|m| (m.key(), m.version_id(), m.last_modified(), true));
         let mut deletions = Vec::new();
-        for (key, version, at) in all.filter_map(|(key, version, at)| Some((key?, version, at))) {
+        for (key, version, at, is_marker) in versions.chain(markers) {
+            let Some(key) = key else { continue };
             let object = key.strip_prefix(root.as_str()).unwrap_or(key).to_string();
             let entry = gone.entry(object.clone()).or_insert(Destroyed {
                 object: object.clone(),
@@ -327,7 +386,15 @@ async fn each_version(s3: &S3, prefix: &str, delete: &Which<'_>) -> Result<Vec<D
             });
             entry.versions += 1;
             let at = at.and_then(|at| at.to_millis().ok()).unwrap_or(0);
-            if delete(&object, at.try_into().unwrap_or(0)) {
+            let at_ms = at.try_into().unwrap_or(0);
+            if !delete(&object, at_ms) {
+                continue;
+            }
+            if is_marker {
+                covers.push((object, key.to_string(), version.map(String::from)));
+            } else if lock.is_some_and(|lock| lock.stands(at_ms, now_ms)) {
+                entry.left = "its Object Lock stands".into();
+            } else {
                 let kept = delete_version(client, bucket, key, version);
                 deletions.push(async move { kept.await.map(|kept| (object, kept)) });
             }
@@ -343,9 +410,24 @@ async fn each_version(s3: &S3, prefix: &str, delete: &Which<'_>) -> Result<Vec<D
             (Some(true), Some(key)) => {
                 marker = Some((key, page.next_version_id_marker().map(String::from)));
             }
-            _ => return Ok(gone.into_values().collect()),
+            _ => break,
         }
     }
+    covers.retain(|(object, _, _)| gone.get(object).is_some_and(|found| found.left.is_empty()));
+    let deletions = covers
+        .iter()
+        .map(|(object, key, version)| async move {
+            let kept = delete_version(client, bucket, key, version.as_deref()).await?;
+            Ok::<_, String>((object, kept))
+        })
+        .collect::<Vec<_>>();
+    let mut deletions = futures::stream::iter(deletions).buffer_unordered(IN_FLIGHT);
+    while let Some((object, kept)) = deletions.try_next().await? {
+        if let (Some(why), Some(entry)) = (kept, gone.get_mut(object)) {
+            entry.left = why;
+        }
+    }
+    Ok(gone.into_values().collect())
 }
 
 /// Deletes one version; answers what keeps it, such as an Object Lock, or a policy: it stays for as

@@ -1,8 +1,8 @@
 //! Scrub: everything of a tenant's archive is read back and authenticated.
 //!
 //! Invariants. What is said to be damaged or missing was read twice, and is still meant to be there: a
-//! store that does not answer is an error, not damage. Nothing is changed here but by `retire`, which
-//! takes a manifest whose checkpoint cannot be restored out of every restore's way, and deletes the files
+//! store that does not answer is an error, not damage. The lock of what is whole is renewed where the bucket
+//! sets locks. Nothing else is changed here but by `retire`, which takes a manifest whose checkpoint cannot be restored out of every restore's way, and deletes the files
 //! that are damaged, so that no later checkpoint refers to them.
 
 use std::collections::{BTreeMap, HashMap};
@@ -16,6 +16,7 @@ use super::bucket::{checkpoints_dir, file_path, link_path};
 use super::chain::{Chain, ChainError, Tail};
 use super::checkpoint::{self, Manifest, ManifestFile};
 use super::link::{Link, LinkError};
+use super::lock::Locks;
 use super::retention::{self, RetentionError};
 use crate::clock::utc;
 
@@ -55,6 +56,8 @@ pub struct Scrubbed {
     pub unusable: Vec<String>,
     /// Files that are not what their name says.
     pub damaged_files: Vec<String>,
+    /// Objects whose lock the store refused to renew, and why.
+    pub unlocked: Vec<String>,
 }
 
 /// Whether to go on.
@@ -65,23 +68,26 @@ struct Reading<'a> {
     rate: u64,
     began: Instant,
     go_on: GoOn<'a>,
+    locks: Option<&'a Locks>,
     scrubbed: Scrubbed,
     /// What was found of each file, by its hash: files belong to many checkpoints.
     files: HashMap<String, Option<String>>,
 }
 
 /// Reads everything of a tenant whose newest chain is `chain`, up to link `known` at least, at most
-/// `rate` bytes a second; none if it was stopped.
+/// `rate` bytes a second, and renews its `locks`; none if it was stopped.
 pub async fn scrub(
     chain: &Chain,
     known: u64,
     rate: u64,
+    locks: Option<&Locks>,
     go_on: GoOn<'_>,
 ) -> Result<Option<Scrubbed>, ChainError> {
     let mut reading = Reading {
         rate,
         began: Instant::now(),
         go_on,
+        locks,
         scrubbed: Scrubbed::default(),
         files: HashMap::new(),
     };
@@ -152,6 +158,37 @@ impl Reading<'_> {
         tokio::time::sleep_until(self.began + due).await;
     }
 
+    /// Renews the lock of an object that was found whole. `written_ms`: when it was written, milliseconds
+    /// since 1970; none: the store is asked.
+    async fn renew(
+        &mut self,
+        chain: &Chain,
+        object: &Path,
+        written_ms: Option<u64>,
+    ) -> Result<(), ChainError> {
+        let Some(locks) = self.locks else {
+            return Ok(());
+        };
+        let store = |cause| ChainError::Store {
+            object: object.to_string(),
+            cause,
+        };
+        let written_ms = match written_ms {
+            Some(written_ms) => written_ms,
+            None => {
+                let meta = chain.bucket().head(object).await.map_err(store)?;
+                meta.last_modified
+                    .timestamp_millis()
+                    .try_into()
+                    .unwrap_or(0)
+            }
+        };
+        if let Some(why) = locks.renew(object, written_ms).await.map_err(store)? {
+            self.scrubbed.unlocked.push(format!("{object}: {why}"));
+        }
+        Ok(())
+    }
+
     /// `known`: the directory's record of the newest link, 0 of a chain that is closed.
     async fn incarnation(&mut self, chain: &Chain, known: u64) -> Result<(), ChainError> {
         let numbers = chain.numbers(0).await?;
@@ -173,7 +210,10 @@ impl Reading<'_> {
             }
             let link = checkpoint::link_of(&object).unwrap_or(0);
             match self.manifest(chain, &object).await? {
-                Ok(time_ms) => drop(whole.insert(link, time_ms)),
+                Ok(time_ms) => {
+                    whole.insert(link, time_ms);
+                    self.renew(chain, &object, None).await?;
+                }
                 // Retention may have taken it away meanwhile.
                 Err(_) if is_gone(chain, &object).await? => {}
                 Err(why) => bad.push((object, link, why)),
@@ -233,9 +273,10 @@ impl Reading<'_> {
                 Some(found) => found.clone(),
                 None => {
                     let found = read_file(chain, file).await?;
-                    if found.is_some() {
-                        let object = file_path(chain.group().tenant, &file.hash);
-                        self.scrubbed.damaged_files.push(object.to_string());
+                    let object = file_path(chain.group().tenant, &file.hash);
+                    match found {
+                        Some(_) => self.scrubbed.damaged_files.push(object.to_string()),
+                        None => self.renew(chain, &object, None).await?,
                     }
                     self.files.insert(file.hash.clone(), found.clone());
                     self.pace(file.length).await;
@@ -284,6 +325,10 @@ impl Reading<'_> {
             };
             let bytes: usize = read.entries.iter().map(|entry| entry.len()).sum();
             self.pace(bytes as u64).await;
+            let object = link_path(chain.group(), number);
+            // Its time by its writer's clock; a closing link says none.
+            let written_ms = Some(read.header.written_ms).filter(|at| *at > 0);
+            self.renew(chain, &object, written_ms).await?;
             since = read.header.state.as_ref().map_or(since, |s| s.time_ms);
             before = Some(Tail::from(&read));
         }

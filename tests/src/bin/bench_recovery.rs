@@ -37,6 +37,7 @@ async fn on_minio() -> Result<(Server, Region)> {
         url: "s3://holdfast".into(),
         cloud_region: Some(servers::CLOUD_REGION.into()),
         endpoint: Some(minio.endpoint.clone()),
+        object_lock: None,
     };
     let mut region = Region::with_bucket(tempfile::tempdir()?, bucket)?;
     region.environment = servers::credentials();

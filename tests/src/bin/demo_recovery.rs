@@ -137,6 +137,7 @@ async fn main() -> Result<()> {
         url: "s3://holdfast/eu".into(),
         cloud_region: Some(servers::CLOUD_REGION.into()),
         endpoint: Some(minio.endpoint.clone()),
+        object_lock: None,
     };
     let mut region = Region::with_bucket(tempfile::tempdir()?, bucket)?;
     region.on_kms(&localstack.endpoint)?;
