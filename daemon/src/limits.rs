@@ -63,5 +63,7 @@ pub const DRILL_CACHE: usize = 8 << 20;
 pub const DRILL_SAMPLE: usize = 64;
 /// Drills of a tenant that are listed.
 pub const MAX_DRILLS: usize = 100;
-/// Tenants restored at once: replay takes a core each.
-pub const RESTORES: usize = 2;
+/// Tenants of a region restored at once: small ones wait for the bucket and the disk most of the time.
+pub const RESTORES: usize = 8;
+/// Of them, those whose log is replayed and rows are counted: each takes a core.
+pub const REPLAYS: usize = 2;

@@ -25,6 +25,7 @@ use tokio::task::JoinSet;
 
 use crate::config::NodeConfig;
 use crate::directory::events::{self, Pending};
+use crate::directory::joins::Joins;
 use crate::directory::records::{LinkRecord, NodeRecord, TenantRecord};
 use crate::directory::{Directory, controller};
 use crate::drill;
@@ -74,6 +75,8 @@ pub struct Node {
     pub(crate) bucket_place: RwLock<BucketPlace>,
     /// One restore at a time.
     pub restoring: Semaphore,
+    /// Which groups the other nodes do not join yet.
+    pub joins: Joins,
     /// Taken by a restore of one tenant, in place.
     pub going_back: Semaphore,
     /// Taken by a drill: one at a time.
@@ -174,6 +177,7 @@ impl Node {
             history: History::default(),
             bucket_place: RwLock::default(),
             restoring: Semaphore::new(1),
+            joins: Joins::default(),
             going_back: Semaphore::new(1),
             drilling: Semaphore::new(1),
             scrubbing: Semaphore::new(1),

@@ -267,13 +267,14 @@ pub async fn keep_members(node: Arc<Node>) {
             continue;
         };
         let nodes: Vec<NodeRecord> = nodes.into_iter().map(|f| f.record).collect();
-        if directory.group().is_leader() {
+        if directory.group().is_leader() && !node.joins.directory_waits() {
             reconcile(&node, directory.group(), &nodes).await;
         }
         for tenant in node.tenants.all() {
             let record = tenant.record();
             if let Ok(group) = tenant.group()
                 && group.is_leader()
+                && !node.joins.tenant_waits(record.tier)
             {
                 let placed: Vec<NodeRecord> = nodes
                     .iter()

@@ -5,6 +5,7 @@
 
 pub mod controller;
 pub mod events;
+pub mod joins;
 pub mod records;
 
 use std::sync::Arc;

@@ -59,14 +59,17 @@ struct Coming {
 }
 
 impl Coming {
-    fn write(&mut self, pieces: &[Bytes]) -> std::io::Result<()> {
+    fn write(&mut self, pieces: &[Bytes], is_last: bool) -> std::io::Result<()> {
         let from = self.length;
         for piece in pieces {
             self.hasher.update(piece);
             self.file.write_all(piece)?;
             self.length += piece.len() as u64;
         }
-        write_out(&self.file, from, self.length - from)
+        match is_last {
+            true => self.file.sync_all(),
+            false => write_out(&self.file, from, self.length - from),
+        }
     }
 }
 
@@ -157,10 +160,7 @@ async fn fetch(
         let is_last = bytes < PIECE || coming.length > file.length;
         // Blocking work: hashes and a disk.
         let written = tokio::task::spawn_blocking(move || {
-            coming.write(&pieces)?;
-            if is_last {
-                coming.file.sync_all()?;
-            }
+            coming.write(&pieces, is_last)?;
             Ok(coming)
         });
         let written = written.await.map_err(|e| refuse(e.to_string()))?;

@@ -28,7 +28,7 @@ use crate::{GroupId, Position};
 
 pub use copy::begin_chain;
 pub use plan::{Plan, Point};
-pub use replay::Rebuilt;
+pub use replay::{Rebuilt, run as replay};
 
 /// Added to the revision at every restore: revisions that clients have seen are not given again.
 pub const REVISION_JUMP: i64 = 1_000_000_000;
@@ -205,13 +205,23 @@ pub async fn rebuild(
     dir: &Path,
     report: Report,
 ) -> Result<Rebuilt, RestoreError> {
+    fetch(chain, plan, dir, report.clone()).await?;
+    replay(plan, keys, budget, dir, report)
+}
+
+/// The first half of `rebuild`: network and disk.
+pub async fn fetch(
+    chain: &Chain,
+    plan: &Plan,
+    dir: &Path,
+    report: Report,
+) -> Result<(), RestoreError> {
     let _ = tokio::fs::remove_dir_all(dir).await;
     tokio::fs::create_dir_all(dir).await.map_err(io(dir))?;
-    let engine_dir = dir.join("engine");
-    if let Some(manifest) = plan.first_manifest() {
-        fetch::checkpoint(chain, manifest, &engine_dir, report.clone()).await?;
+    match plan.first_manifest() {
+        Some(manifest) => fetch::checkpoint(chain, manifest, &dir.join("engine"), report).await,
+        None => Ok(()),
     }
-    replay::run(plan, keys, budget, dir, report)
 }
 
 /// The first link of a new incarnation: it says where the old one ended, or what was gone back to.

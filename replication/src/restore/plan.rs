@@ -97,14 +97,18 @@ pub async fn newest(chain: &Chain) -> Result<Plan, RestoreError> {
 }
 
 async fn to_newest(chain: &Chain, unusable: &[Manifest]) -> Result<Plan, RestoreError> {
-    let group = chain.group();
-    let all = chain.numbers(0).await?;
-    let Some(last) = all.last().copied() else {
-        return Err(RestoreError::Nothing(group));
-    };
     let (manifest, refused) = checkpoint_before(chain, Until::End, unusable).await?;
+    // Links before it are not listed: a long window has very many.
+    let from = manifest.as_ref().map_or(0, |m| m.link);
+    let mut numbers = chain.numbers(from.saturating_sub(1)).await?;
+    if numbers.is_empty() && from > 1 {
+        numbers = chain.numbers(0).await?;
+    }
+    let Some(last) = numbers.last().copied() else {
+        return Err(RestoreError::Nothing(chain.group()));
+    };
     if let (None, Some(refused)) = (&manifest, refused)
-        && all.first() != Some(&1)
+        && numbers.first() != Some(&1)
     {
         // The archive begins at it.
         return Err(refused.into());

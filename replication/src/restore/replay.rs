@@ -27,7 +27,8 @@ pub struct Rebuilt {
     pub ended: bool,
 }
 
-/// Replays `plan` on the engine in `dir/engine`, and verifies it.
+/// The second half of `rebuild`, which takes a core: replays `plan` on the engine in `dir/engine`, and
+/// verifies it.
 pub fn run(
     plan: &Plan,
     keys: Arc<TenantKeys>,

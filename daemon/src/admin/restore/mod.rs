@@ -27,13 +27,14 @@ use replication::failpoint::failpoint;
 use replication::group::{Group, SnapshotDir};
 use replication::mvcc::digest::Digests;
 use replication::restore::{self, Plan, Point, Progress, Rebuilt, RestoreError, Restored, plan};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tonic::Status;
 use tonic::codegen::BoxStream;
 
 use super::creation::New;
 use crate::directory::records::TenantRecord;
 use crate::directory::{Directory, DirectoryError};
+use crate::limits;
 use crate::node::{Node, NodeState};
 use crate::proto::admin::RestoreEvent;
 use crate::tenant::RESTORE;
@@ -85,6 +86,7 @@ pub fn start(node: Arc<Node>, asked: Asked) -> Result<BoxStream<RestoreEvent>, S
             node: node.clone(),
             events: events.clone(),
             recovered: parking_lot::Mutex::default(),
+            replays: Semaphore::new(limits::REPLAYS),
         });
         let done = match asked {
             Asked::Region { lost_at_ms, point } => run.region(lost_at_ms, point).await,
@@ -110,6 +112,7 @@ struct Run {
     node: Arc<Node>,
     events: Events,
     recovered: parking_lot::Mutex<Vec<Recovered>>,
+    replays: Semaphore,
 }
 
 /// What a group is restored from and to.
@@ -339,8 +342,10 @@ impl Run {
             let _ = events.try_send(Ok(event));
             goes_on()
         });
+        restore::fetch(chain, plan, dir, report.clone()).await?;
+        let _turn = self.replays.acquire().await;
         let budget = self.node.parts.budget.clone();
-        restore::rebuild(chain, plan, wanted.keys.clone(), budget, dir, report).await
+        restore::replay(plan, wanted.keys.clone(), budget, dir, report)
     }
 
     /// Forms the restored group, of this node alone.

@@ -17,6 +17,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use super::{Recovered, Run, Wanted};
+use crate::directory::joins::Hold;
 use crate::directory::records::{LinkRecord, TenantRecord};
 use crate::directory::{Directory, Found};
 use crate::limits;
@@ -71,12 +72,14 @@ impl Run {
                     Err(why) => self.refused(&tenant.record, why).await,
                 }
             }
-            return self.tenants(directory, key, lost, aim).await;
+            let hold = self.node.joins.hold();
+            return self.tenants(directory, key, lost, aim, &hold).await;
         }
+        let hold = self.node.joins.hold();
         // Whatever still runs of the old region is fenced by the chains that are closed.
         let (directory, key) = self.directory().await?;
         let all = directory.tenants().map_err(|e| e.to_string())?;
-        self.tenants(directory, key, all, aim).await
+        self.tenants(directory, key, all, aim, &hold).await
     }
 
     /// Restores the directory; answers it and the region's archive key.
@@ -132,6 +135,7 @@ impl Run {
         archive_key: Secret,
         mut tenants: Vec<Found<TenantRecord>>,
         aim: Aim,
+        hold: &Hold<'_>,
     ) -> Result<(), String> {
         // Nothing is left of one that is being destroyed, nor should it be brought back; a copy that
         // was not made has nothing yet.
@@ -153,7 +157,16 @@ impl Run {
         let links: Vec<LinkRecord> = links.into_iter().map(|found| found.record).collect();
         let at_once = Arc::new(Semaphore::new(limits::RESTORES));
         let mut running = JoinSet::new();
+        let mut before = None;
         for tenant in tenants {
+            // One tier after the other: what is less urgent takes no share of the network and disk.
+            let tier = tenant.record.tier;
+            if let Some(before) = before.replace(tier)
+                && before != tier
+            {
+                while running.join_next().await.is_some() {}
+                hold.release(before);
+            }
             // Taken here: tenants begin in the order of their deadlines.
             let Ok(permit) = at_once.clone().acquire_owned().await else {
                 break;
