@@ -63,10 +63,13 @@ pub struct Evidence {
     /// Age of the oldest acknowledged write that was not archived when it began.
     pub rpo_ms: u64,
     pub rpo_contract_ms: u64,
-    /// From the begin to the last row verified.
+    /// From the begin to the last row verified, less the pauses.
     pub rto_ms: u64,
     pub rto_contract_ms: u64,
     pub phases: Vec<Phase>,
+    /// Pauses in fetching, so that live tenants keep their network and disk; a restore has none.
+    #[serde(default)]
+    pub paused_ms: u64,
     /// It could not begin.
     #[serde(skip)]
     pub not_run: bool,
@@ -116,6 +119,7 @@ impl Evidence {
             rto_ms: 0,
             rto_contract_ms: record.rto_ms,
             phases: Vec::new(),
+            paused_ms: 0,
             not_run: false,
             clock: Clock::default(),
         }
@@ -145,7 +149,8 @@ impl Evidence {
     pub(super) fn end(&mut self, tried: Result<(), String>, took: Duration) {
         self.at_ms = now_ms();
         let verified = self.phases.iter().find(|p| p.name == "verified");
-        self.rto_ms = verified.map_or(ms(took), |p| p.to_ms);
+        let took = verified.map_or(ms(took), |p| p.to_ms);
+        self.rto_ms = took.saturating_sub(self.paused_ms);
         let late = |what: &str, is: u64, contracted: u64| {
             format!("{what} was {is} ms, {contracted} ms are contracted")
         };

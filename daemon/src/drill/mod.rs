@@ -4,16 +4,17 @@
 //! Invariants. Nothing of the tenant is changed, and nothing that lives on this node is used but its
 //! keys, which are let go of when it is sealed. A drill passes only if everything it read
 //! authenticates, the digest counted from every row is the chain's, and a sample of keys is what the
-//! live tenant says at the same revision. It runs on threads of low priority, with memory and
-//! a rate of its own.
+//! live tenant says at the same revision. It runs when nothing else wants the core (`threads`), with memory and
+//! a rate of its own; the pauses that the rate puts in are not counted as time to restore.
 
 mod evidence;
 mod page;
 mod schedule;
+mod threads;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kms::TenantKeys;
@@ -38,12 +39,11 @@ use crate::tenant::{self, DRILL};
 pub use evidence::{Evidence, Phase, Sample};
 pub use page::page;
 pub use schedule::{is_new_period, is_ours, keep};
+use threads::Threads;
 
 /// Told of each step, with how far it is: done, of how much.
 pub type Told = Arc<dyn Fn(&str, u64, u64) + Send + Sync>;
 
-/// Niceness of the thread that restores.
-const NICE: i32 = 15;
 const LOOK: Duration = Duration::from_millis(100);
 
 fn text(e: impl std::fmt::Display) -> String {
@@ -111,10 +111,12 @@ async fn restored(
     evidence.phase("keys unwrapped");
     let stop = Arc::new(AtomicBool::new(false));
     let mut sealed = group.replica().watch_sealed();
-    let (stopping, config) = (stop.clone(), node.config.clone());
+    let threads = Arc::new(Threads::default());
+    let (stopping, raised, config) = (stop.clone(), threads.clone(), node.config.clone());
     let watch = tokio::spawn(async move {
         let _ = sealed.wait_for(Option::is_some).await;
         stopping.store(true, Ordering::Relaxed);
+        raised.raise();
     });
     let tag = hex::encode(kms::secret::random_bytes::<4>());
     let place = Place {
@@ -123,6 +125,7 @@ async fn restored(
         bucket: config.bucket.open(config.region)?,
         keys,
         stop,
+        threads,
         told,
     };
     let id = record.group();
@@ -150,6 +153,7 @@ struct Place {
     bucket: Arc<dyn object_store::ObjectStore>,
     keys: Arc<TenantKeys>,
     stop: Arc<AtomicBool>,
+    threads: Arc<Threads>,
     told: Told,
 }
 
@@ -161,10 +165,11 @@ impl Place {
         live: &Group,
         evidence: &mut Evidence,
     ) -> Result<(), String> {
-        lower_priority();
+        self.threads.lower();
+        let threads = self.threads.clone();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
-            .on_thread_start(lower_priority)
+            .on_thread_start(move || threads.lower())
             .enable_all()
             .build()
             .map_err(text)?;
@@ -187,6 +192,8 @@ impl Place {
             evidence.digest = state.digests.keys.to_string();
             Ok::<_, String>(rebuilt)
         })?;
+        // What it looks at is the live tenant's.
+        self.threads.raise();
         let compared = self.compare(&rebuilt, live, evidence);
         evidence.phase("compared");
         drop(rebuilt);
@@ -210,13 +217,17 @@ impl Place {
         let fetched = Arc::new(Mutex::new(None));
         let replayed = Arc::new(Mutex::new(None));
         let (fetching, replaying) = (fetched.clone(), replayed.clone());
+        let paused = Arc::new(AtomicU64::new(0));
+        let pausing = paused.clone();
         let (stop, told) = (self.stop.clone(), self.told.clone());
         let report = Arc::new(move |progress: Progress| {
             match progress {
                 Progress::Fetched { bytes, total } => {
                     // A rate, so that the live tenants keep their disk and network.
                     let due = Duration::from_secs_f64(bytes as f64 / limits::DRILL_RATE as f64);
-                    std::thread::sleep(due.saturating_sub(began.elapsed()));
+                    let pause = due.saturating_sub(began.elapsed());
+                    std::thread::sleep(pause);
+                    pausing.fetch_add(pause.as_micros() as u64, Ordering::Relaxed);
                     *fetching.lock() = Some(Instant::now());
                     told("fetched", bytes, total);
                 }
@@ -237,6 +248,7 @@ impl Place {
                 evidence.phase_at(name, at);
             }
         }
+        evidence.paused_ms = paused.load(Ordering::Relaxed) / 1000;
         let rebuilt = rebuilt.map_err(text)?;
         evidence.phase("verified");
         Ok(rebuilt)
@@ -296,14 +308,6 @@ impl Place {
     }
 }
 
-/// Lowers the calling thread's priority.
-fn lower_priority() {
-    let own = rustix::thread::gettid();
-    if let Err(e) = rustix::process::setpriority_process(Some(own), NICE) {
-        tracing::warn!(error = %e, "a drill runs at the daemon's own priority");
-    }
-}
-
 /// Puts the evidence in the bucket and the directory, and raises an alarm of a failure.
 async fn keep_evidence(
     node: &Arc<Node>,
@@ -355,7 +359,7 @@ async fn keep_evidence(
         rpo_ms: evidence.rpo_ms,
         rto_ms: evidence.rto_ms,
         fetched_bytes: evidence.checkpoint_bytes,
-        fetched_in_ms: took("fetched"),
+        fetched_in_ms: took("fetched").saturating_sub(evidence.paused_ms),
         replayed_bytes: evidence.log_bytes,
         replayed_in_ms: took("replayed"),
         evidence: object,

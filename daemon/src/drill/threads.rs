@@ -1,0 +1,109 @@
+//! A drill's threads: they run when nothing else wants to, so that live requests find their core free.
+//!
+//! Invariants. A thread that may wait for ever for its core holds nothing that others need: before a drill
+//! looks at the live replica, and as soon as the tenant is sealed, which waits for the drill to let go of
+//! its keys, its threads are ordinary ones again. Where the system does not let a thread come back
+//! (RLIMIT_NICE, `LimitNICE=+15` in the unit), low priority is all there is.
+#![allow(unsafe_code)]
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+use rustix::process::{Resource, getrlimit, setpriority_process};
+use rustix::thread::{Pid, gettid};
+
+/// Niceness of a thread that is not idle.
+const NICE: i32 = 15;
+/// What RLIMIT_NICE must be for a thread of niceness 15 to come back from idle: 20 less that.
+const NICE_LIMIT: u64 = 5;
+
+#[derive(Default)]
+pub struct Threads {
+    all: Mutex<Vec<Pid>>,
+    /// None is idle from now on.
+    raised: AtomicBool,
+}
+
+fn set_policy(thread: Pid, policy: i32) -> std::io::Result<()> {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: reads the parameters; the thread is of this process, or is gone, which is an error.
+    let set = unsafe {
+        libc::sched_setscheduler(thread.as_raw_nonzero().get(), policy, &raw const parameters)
+    };
+    match set {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// Whether an idle thread may become an ordinary one again.
+fn can_come_back() -> bool {
+    let limit = getrlimit(Resource::Nice).current;
+    rustix::process::geteuid().is_root() || limit.is_none_or(|limit| limit >= NICE_LIMIT)
+}
+
+impl Threads {
+    /// Lowers the calling thread's priority.
+    pub fn lower(&self) {
+        let own = gettid();
+        if let Err(e) = setpriority_process(Some(own), NICE) {
+            tracing::warn!(error = %e, "a drill runs at the daemon's own priority");
+        }
+        // Under the lock: who raises them sees every thread.
+        let mut all = self.all.lock();
+        if self.raised.load(Ordering::Relaxed) || !can_come_back() {
+            return;
+        }
+        match set_policy(own, libc::SCHED_IDLE) {
+            Ok(()) => all.push(own),
+            Err(e) => tracing::warn!(error = %e, "a drill's thread is not idle"),
+        }
+    }
+
+    /// Makes all of them ordinary threads of low priority.
+    pub fn raise(&self) {
+        let mut all = self.all.lock();
+        self.raised.store(true, Ordering::Relaxed);
+        for thread in all.drain(..) {
+            // It may have ended.
+            let _ = set_policy(thread, libc::SCHED_OTHER);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    fn policy() -> i32 {
+        // SAFETY: asks for the calling thread.
+        unsafe { libc::sched_getscheduler(0) }
+    }
+
+    #[test]
+    fn an_idle_thread_is_raised_and_later_ones_are_not_idle() {
+        if !can_come_back() {
+            return;
+        }
+        let threads = Arc::new(Threads::default());
+        let (own, (lowered, heard)) = (threads.clone(), std::sync::mpsc::channel());
+        let (go, on) = std::sync::mpsc::channel();
+        let idle = std::thread::spawn(move || {
+            own.lower();
+            lowered.send(policy()).expect("heard");
+            on.recv().expect("goes on");
+            policy()
+        });
+        assert_eq!(heard.recv().expect("it says"), libc::SCHED_IDLE);
+        threads.raise();
+        go.send(()).expect("it waits");
+        assert_eq!(idle.join().expect("it ends"), libc::SCHED_OTHER);
+        let own = threads.clone();
+        let late = std::thread::spawn(move || {
+            own.lower();
+            policy()
+        });
+        assert_eq!(late.join().expect("it ends"), libc::SCHED_OTHER);
+    }
+}
