@@ -55,8 +55,10 @@ pub const SCRUB_EVERY: Duration = Duration::from_secs(7 * 24 * 3600);
 pub const SCRUB_RATE: u64 = 32 << 20;
 /// Days of a tenant's objectives that are kept.
 pub const OBJECTIVE_DAYS: u64 = 35;
-/// What a drill fetches a second, and its memory: a live tenant keeps its own.
-pub const DRILL_RATE: u64 = 64 << 20;
+/// What a drill fetches at full speed, to measure it, and a second from there on, and its memory: a live
+/// tenant keeps its own.
+pub const DRILL_MEASURED: u64 = 64 << 20;
+pub const DRILL_RATE: u64 = 32 << 20;
 pub const DRILL_BUFFERS: usize = 64 << 20;
 pub const DRILL_CACHE: usize = 8 << 20;
 /// Keys that a drill compares with the live tenant's.

@@ -354,7 +354,7 @@ impl Node {
             let groups = self.parts.groups.all();
             let engines = groups.iter().filter_map(|g| g.store().engine().ok());
             let engines: Vec<_> = engines.collect();
-            let relieved = tokio::task::spawn_blocking(move || relieve(&engines, excess)).await;
+            let relieved = tokio::task::spawn_blocking(move || relieve(engines, excess)).await;
             if let Ok(Err(e)) = relieved {
                 tracing::warn!(error = %e, "memtables of a tenant are not written out");
             }

@@ -3,16 +3,21 @@
 //!
 //! A damaged checkpoint is retired first, so that its files are not referred to again, and then another
 //! one made: until that is there a restore replays more. A damaged link stays: the moments that it
-//! leads to are lost, and said to be.
+//! leads to are lost, and said to be. The directory is read back by the node that leads it, as far as its newest
+//! state needs.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use replication::archive::bucket::Bootstrap;
+use replication::archive::chain::Chain;
+use replication::archive::holds;
 use replication::archive::lock::Locks;
-use replication::archive::scrub::{self, Scrubbed};
+use replication::archive::scrub::{self, Scope, Scrubbed};
 use tokio::time::Instant;
 
+use crate::directory::Directory;
 use crate::directory::records::{EventKind, ScrubRecord, TenantRecord};
 use crate::drill;
 use crate::limits;
@@ -42,14 +47,20 @@ impl Node {
         let directory = self.directory().ok_or("the directory is not open")?;
         let known = directory.newest_link(record).map_err(text)?;
         let locks = Locks::of(&self.config.bucket);
-        let scrubbed = scrub::scrub(&chain, known, limits::SCRUB_RATE, locks.as_ref(), &go_on);
-        let scrubbed = scrubbed.await;
-        let scrubbed = scrubbed.map_err(text)?;
+        let held = holds::entries(chain.bucket(), chain.key(), record.id).await;
+        let held = holds::standing(&held.map_err(text)?);
+        let held = held.iter().map(|hold| hold.since_ms).min();
+        let window = now_ms().saturating_sub(record.keep_ms());
+        let scope = Scope {
+            rate: limits::SCRUB_RATE,
+            locks: locks.as_ref(),
+            since_ms: window.min(held.unwrap_or(u64::MAX)),
+            go_on: &go_on,
+        };
+        let scrubbed = scrub::scrub(&chain, known, &scope).await.map_err(text)?;
         let scrubbed = scrubbed.ok_or("it was stopped by a restore")?;
         self.unchanged(record).await?;
-        if let Some(first) = scrubbed.unlocked.first() {
-            tracing::error!(tenant = %record.id, objects = scrubbed.unlocked.len(), first, "ALARM: the store does not renew the Object Locks of these objects");
-        }
+        not_renewed(&record.name, &scrubbed);
         for damage in &scrubbed.damages {
             tracing::error!(tenant = %record.id, %damage, "ALARM: the archive is damaged");
             self.event(record, EventKind::ArchiveDamaged, damage.to_string());
@@ -72,6 +83,50 @@ impl Node {
         Ok(scrubbed)
     }
 
+    /// Reads back what a restore of the directory needs, which is its newest state; what is damaged is an
+    /// alarm, and a new checkpoint is made.
+    async fn scrub_directory(&self, directory: &Directory) -> Result<(), String> {
+        let group = directory.group();
+        let key = self
+            .archive_key()
+            .ok_or("the archive key is not known yet")?;
+        let bucket = self.parts.bucket.clone();
+        let chain = Chain::new(bucket, key, group.id());
+        let locks = Locks::of(&self.config.bucket);
+        let scope = Scope {
+            rate: limits::SCRUB_RATE,
+            locks: locks.as_ref(),
+            since_ms: 0,
+            go_on: &|| !self.is_restoring(),
+        };
+        let scrubbed = scrub::scrub_newest(&chain, &scope).await.map_err(text)?;
+        let mut scrubbed = scrubbed.ok_or("it was stopped by a restore")?;
+        if let Some(locks) = &locks {
+            let bootstrap = Bootstrap::path();
+            let refused = locks.renew(&bootstrap).await.map_err(text)?;
+            scrubbed
+                .unlocked
+                .extend(refused.map(|why| format!("{bootstrap}: {why}")));
+        }
+        not_renewed("directory", &scrubbed);
+        for damage in &scrubbed.damages {
+            tracing::error!(%damage, "ALARM: the directory's archive is damaged");
+            self.event_of("directory", EventKind::ArchiveDamaged, damage.to_string());
+        }
+        if !scrubbed.damages.is_empty() {
+            scrub::retire(&chain, &scrubbed).await.map_err(text)?;
+            group.want_checkpoint();
+        }
+        let done = ScrubRecord {
+            tenant: group.id().tenant,
+            at_ms: now_ms(),
+            objects: scrubbed.objects,
+            bytes: scrubbed.bytes,
+            damages: scrubbed.damages.len() as u64,
+        };
+        directory.put_scrub(&done).await.map_err(text)
+    }
+
     /// Has the archive begin anew from the live replicas.
     async fn heal(&self, record: &TenantRecord, scrubbed: &Scrubbed) -> Result<(), String> {
         let chain = self.chain(record)?;
@@ -92,15 +147,41 @@ impl Node {
     }
 }
 
+/// Says which locks the store refuses to renew.
+fn not_renewed(name: &str, scrubbed: &Scrubbed) {
+    if let Some(first) = scrubbed.unlocked.first() {
+        tracing::error!(
+            tenant = name,
+            objects = scrubbed.unlocked.len(),
+            first,
+            "ALARM: the store does not renew the Object Locks of these objects"
+        );
+    }
+}
+
 /// Which tenants are due, each once in the period, at a time of its own.
 pub async fn keep(node: Arc<Node>) {
     let mut not_before: HashMap<_, Instant> = HashMap::new();
     let every_ms = limits::SCRUB_EVERY.as_millis() as u64;
     loop {
         tokio::time::sleep(LOOK).await;
-        let Some(scrubs) = node.directory().and_then(|d| d.scrubs().ok()) else {
+        let Some(directory) = node.directory() else {
             continue;
         };
+        let Ok(scrubs) = directory.scrubs() else {
+            continue;
+        };
+        let id = directory.group().id().tenant;
+        let last = scrubs.iter().find(|s| s.record.tenant == id);
+        let last_ms = last.map_or(0, |s| s.record.at_ms);
+        if directory.group().is_leader()
+            && not_before.get(&id).is_none_or(|at| Instant::now() >= *at)
+            && now_ms() >= last_ms + every_ms
+            && let Err(why) = node.scrub_directory(&directory).await
+        {
+            tracing::warn!(%why, "the directory's archive is not scrubbed; it is tried again");
+            not_before.insert(id, Instant::now() + AGAIN);
+        }
         for tenant in node.tenants.all() {
             let record = tenant.record();
             let last = scrubs.iter().find(|s| s.record.tenant == record.id);

@@ -49,9 +49,8 @@ async fn head(server: &Server, object: &str) -> Result<BTreeMap<String, String>>
 }
 
 fn is_archive(object: &str) -> bool {
-    ["/chain/", "/checkpoints/", "/files/"]
-        .iter()
-        .any(|kind| object.contains(kind))
+    let kinds = ["/chain/", "/checkpoints/", "/files/", "bootstrap.json"];
+    kinds.iter().any(|kind| object.contains(kind))
 }
 
 /// When each lock of the archive ends, seconds since 1970. Nothing else is locked.
@@ -183,6 +182,19 @@ async fn a_locked_archive_outlives_whoever_deletes_it() -> Result<()> {
     );
     let said = region.operate(&["archive", "sweep", "acme"]).await?;
     println!("{said}");
+    // Nor is its lock renewed: it can go one day.
+    let before = locks(&minio, &store).await?;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    region.operate(&["archive", "scrub", "acme"]).await?;
+    let after = locks(&minio, &store).await?;
+    let own = |object: &&String| object.contains(&id) && object.contains("/chain/");
+    let links: Vec<&String> = before.keys().filter(own).collect();
+    let (oldest, newest) = (links[0], links[links.len() - 1]);
+    ensure!(
+        after[oldest] == before[oldest],
+        "{oldest} is kept for nothing"
+    );
+    ensure!(after[newest] > before[newest], "{newest} was not renewed");
     let left = manifests(objects(&store).await?);
     ensure!(left == 1, "a retired manifest came back");
     let said = region.operate(&["drill", "run", "acme"]).await?;

@@ -274,7 +274,7 @@ pub async fn keep_members(node: Arc<Node>) {
             let record = tenant.record();
             if let Ok(group) = tenant.group()
                 && group.is_leader()
-                && !node.joins.tenant_waits(record.tier)
+                && !node.joins.tenant_waits(&record)
             {
                 let placed: Vec<NodeRecord> = nodes
                     .iter()

@@ -67,7 +67,8 @@ pub struct Evidence {
     pub rto_ms: u64,
     pub rto_contract_ms: u64,
     pub phases: Vec<Phase>,
-    /// Pauses in fetching, so that live tenants keep their network and disk; a restore has none.
+    /// How much longer fetching took than at the speed of its first part, which is not paced: live tenants
+    /// keep their network and disk. A restore has no pauses.
     #[serde(default)]
     pub paused_ms: u64,
     /// It could not begin.
@@ -171,6 +172,16 @@ impl Evidence {
         };
         self.passed = problem.is_empty();
         (self.problem, self.advice) = (problem, advice);
+    }
+
+    /// Fetching was paced after `bytes`, which had taken `took`.
+    pub(super) fn paced(&mut self, bytes: u64, took: Duration) {
+        let all = self.checkpoint_bytes as f64 / bytes.max(1) as f64;
+        let unpaced = ms(took.mul_f64(all.max(1.0)));
+        self.paused_ms = match bytes {
+            0 => 0,
+            _ => self.took_ms("fetched").saturating_sub(unpaced),
+        };
     }
 
     /// How long a step took.

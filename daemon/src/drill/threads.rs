@@ -1,8 +1,9 @@
 //! A drill's threads: they run when nothing else wants to, so that live requests find their core free.
 //!
-//! Invariants. A thread that may wait for ever for its core holds nothing that others need: before a drill
-//! looks at the live replica, and as soon as the tenant is sealed, which waits for the drill to let go of
-//! its keys, its threads are ordinary ones again. Where the system does not let a thread come back
+//! Invariants. A thread that waits long for its core must not hold what others need: before a drill looks at
+//! the live replica, and as soon as the tenant is sealed, which waits for the drill to let go of its keys,
+//! its threads are ordinary ones again. What they share until then are the allocator, the slots of
+//! `kms::guarded` and the log's output, each held for less than a microsecond. Where the system does not let a thread come back
 //! (RLIMIT_NICE, `LimitNICE=+15` in the unit), low priority is all there is.
 #![allow(unsafe_code)]
 
@@ -49,22 +50,23 @@ impl Threads {
         if let Err(e) = setpriority_process(Some(own), NICE) {
             tracing::warn!(error = %e, "a drill runs at the daemon's own priority");
         }
-        // Under the lock: who raises them sees every thread.
-        let mut all = self.all.lock();
-        if self.raised.load(Ordering::Relaxed) || !can_come_back() {
+        if !can_come_back() {
             return;
         }
-        match set_policy(own, libc::SCHED_IDLE) {
-            Ok(()) => all.push(own),
-            Err(e) => tracing::warn!(error = %e, "a drill's thread is not idle"),
+        // Known before it is idle, and looked at again after: who raises misses none, and waits for none.
+        self.all.lock().push(own);
+        if let Err(e) = set_policy(own, libc::SCHED_IDLE) {
+            tracing::warn!(error = %e, "a drill's thread is not idle");
+        }
+        if self.raised.load(Ordering::SeqCst) {
+            let _ = set_policy(own, libc::SCHED_OTHER);
         }
     }
 
     /// Makes all of them ordinary threads of low priority.
     pub fn raise(&self) {
-        let mut all = self.all.lock();
-        self.raised.store(true, Ordering::Relaxed);
-        for thread in all.drain(..) {
+        self.raised.store(true, Ordering::SeqCst);
+        for thread in std::mem::take(&mut *self.all.lock()) {
             // It may have ended.
             let _ = set_policy(thread, libc::SCHED_OTHER);
         }

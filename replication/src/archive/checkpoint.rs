@@ -244,10 +244,14 @@ async fn upload_all(
     let put = bucket
         .put_opts(&object, PutPayload::from(bytes), PutMode::Create.into())
         .await;
-    put.map_err(|cause| ChainError::Store {
-        object: object.to_string(),
-        cause,
-    })?;
+    match put {
+        // Its name is random: it is this one, whose answer was lost.
+        Ok(_) | Err(object_store::Error::AlreadyExists { .. }) => {}
+        Err(cause) => {
+            let object = object.to_string();
+            return Err(ChainError::Store { object, cause });
+        }
+    }
     failpoint("checkpoint-uploaded");
     Ok((object, manifest))
 }

@@ -1,10 +1,10 @@
 //! Object Lock: what the archive writes can be neither deleted nor replaced for some days, whoever asks.
 //!
-//! Invariants. A link, a manifest and a file of a checkpoint are locked by the request that writes them, so
-//! there is no moment at which they lie there unlocked. Wrapped keys never are: destroying a key would be
-//! a lie. A lock counts from when the object was written; the scrub, which reads everything that is kept
-//! within its period, renews it before it lapses (`MIN_DAYS` is two periods). What the store refuses to
-//! renew is said and does not hold up the rest: another lock, such as a longer one, stands then.
+//! Invariants. A link, a manifest, a file of a checkpoint and the bootstrap are locked by the request that
+//! writes them, so there is no moment at which they lie there unlocked. Wrapped keys never are: destroying a
+//! key would be a lie. The scrub, which reads everything that is kept within its period, asks when each lock
+//! ends and renews it before it lapses (`MIN_DAYS` is two periods); what the window does not need any more it
+//! leaves alone, so that it can go. What the store refuses to renew is said and does not hold up the rest.
 
 use std::sync::Arc;
 
@@ -27,14 +27,15 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use tokio::sync::OnceCell;
 
-use super::bucket::BucketConfig;
+use super::bucket::{Bootstrap, BucketConfig};
 use super::s3::{self, S3};
 
 /// Two periods of the scrub, which renews locks.
 pub const MIN_DAYS: u32 = 14;
 /// As AWS has it.
 pub const MAX_DAYS: u32 = 36_500;
-const DAY_MS: u64 = 24 * 3600 * 1000;
+const DAY_S: i64 = 24 * 3600;
+const DAY_MS: u64 = DAY_S.unsigned_abs() * 1000;
 
 /// How long what is written is locked, and against whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,14 +70,9 @@ impl ObjectLock {
         written_ms + self.length_ms() > now_ms
     }
 
-    /// Whether it may lapse before a scrub comes by again, even one that is late.
-    fn lapses_soon(&self, written_ms: u64, now_ms: u64) -> bool {
-        written_ms + self.length_ms() <= now_ms + u64::from(MIN_DAYS) * DAY_MS
-    }
-
     fn until(&self) -> DateTime {
         let now = OffsetDateTime::now_utc().unix_timestamp();
-        DateTime::from_secs(now + i64::from(self.days) * 24 * 3600)
+        DateTime::from_secs(now + i64::from(self.days) * DAY_S)
     }
 
     fn mode(&self) -> ObjectLockMode {
@@ -91,6 +87,7 @@ impl ObjectLock {
 fn is_archive(object: &Path) -> bool {
     let parts: Vec<_> = object.parts().collect();
     match &parts[..] {
+        [_] => *object == Bootstrap::path(),
         [tenants, _, files, _] if tenants.as_ref() == "tenants" => files.as_ref() == "files",
         [tenants, _, _, kind, _] if tenants.as_ref() == "tenants" => {
             matches!(kind.as_ref(), "chain" | "checkpoints")
@@ -121,7 +118,8 @@ where
 {
     let (path, said) = (object.to_string(), DisplayErrorContext(&e).to_string());
     match e.as_service_error().and_then(ProvideErrorMetadata::code) {
-        Some("PreconditionFailed") => Error::AlreadyExists {
+        // The latter of two that write it at once.
+        Some("PreconditionFailed" | "ConditionalRequestConflict") => Error::AlreadyExists {
             path,
             source: said.into(),
         },
@@ -170,11 +168,35 @@ impl Locks {
         })
     }
 
-    /// Renews the lock of an object that was written then, milliseconds since 1970, if it may lapse before
-    /// the next scrub; answers why the store does not, if it refuses.
-    pub async fn renew(&self, object: &Path, written_ms: u64) -> Result<Option<String>> {
-        let now_ms = OffsetDateTime::now_utc().unix_timestamp().unsigned_abs() * 1000;
-        if !self.lock.lapses_soon(written_ms, now_ms) {
+    /// When the lock of an object ends, seconds since 1970; 0: it has none; none: there is no such object.
+    async fn ends(&self, s3: &S3, object: &Path) -> Result<Option<i64>> {
+        let asked = s3
+            .uploads
+            .get_object_retention()
+            .bucket(&s3.bucket)
+            .key(s3.key(object))
+            .send()
+            .await;
+        match asked {
+            Ok(told) => {
+                let ends = told.retention().and_then(|r| r.retain_until_date());
+                Ok(Some(ends.map_or(0, DateTime::secs)))
+            }
+            Err(e) => match e.as_service_error().and_then(ProvideErrorMetadata::code) {
+                Some("NoSuchObjectLockConfiguration") => Ok(Some(0)),
+                Some("NoSuchKey" | "NoSuchVersion" | "MethodNotAllowed") => Ok(None),
+                _ => Err(error(object, e)),
+            },
+        }
+    }
+
+    /// Renews the lock of an object if it may lapse before the next scrub; answers why the store does not,
+    /// if it refuses.
+    pub async fn renew(&self, object: &Path) -> Result<Option<String>> {
+        let s3 = self.s3().await?;
+        let soon = OffsetDateTime::now_utc().unix_timestamp() + i64::from(MIN_DAYS) * DAY_S;
+        // Retention may have taken it away meanwhile.
+        if self.ends(s3, object).await?.is_none_or(|ends| ends > soon) {
             return Ok(None);
         }
         let mode = match self.lock.mode {
@@ -184,7 +206,6 @@ impl Locks {
         let retention = aws_sdk_s3::types::ObjectLockRetention::builder()
             .mode(mode)
             .retain_until_date(self.lock.until());
-        let s3 = self.s3().await?;
         let renewed = s3
             .uploads
             .put_object_retention()
@@ -199,8 +220,7 @@ impl Locks {
                 Some(code @ ("AccessDenied" | "InvalidRequest" | "ObjectLocked")) => {
                     Ok(Some(code.to_string()))
                 }
-                // Retention took it away meanwhile.
-                Some("NoSuchKey") => Ok(None),
+                Some("NoSuchKey" | "MethodNotAllowed") => Ok(None),
                 _ => Err(error(object, e)),
             },
         }
@@ -237,7 +257,16 @@ impl ObjectStore for Locking {
         if !is_archive(location) {
             return self.inner.put_opts(location, payload, opts).await;
         }
-        let create = opts.mode == PutMode::Create;
+        let create = match opts.mode {
+            PutMode::Create => true,
+            PutMode::Overwrite => false,
+            PutMode::Update(_) => {
+                return Err(Error::NotImplemented {
+                    operation: "an update in place".into(),
+                    implementer: self.to_string(),
+                });
+            }
+        };
         self.locks.put(location, payload.into(), create).await
     }
 
@@ -419,20 +448,18 @@ mod tests {
         assert!(!locked("tenants/ab/keys/1"));
         assert!(!locked("tenants/ab/0000000001/retired/1-x"));
         assert!(!locked("tenants/ab/ledger/1"));
-        assert!(!locked("bootstrap.json"));
+        assert!(locked("bootstrap.json"));
         assert!(!locked("certificates/ab.json"));
     }
 
     #[test]
-    fn a_lock_is_renewed_two_scrubs_before_it_lapses() {
+    fn a_lock_stands_for_its_days() {
         let lock = ObjectLock {
             mode: Mode::Governance,
             days: 35,
         };
         assert!(lock.stands(0, 35 * DAY_MS - 1));
         assert!(!lock.stands(0, 35 * DAY_MS));
-        assert!(!lock.lapses_soon(0, 21 * DAY_MS - 1));
-        assert!(lock.lapses_soon(0, 21 * DAY_MS));
         assert!(lock.problem().is_none());
         assert!(ObjectLock { days: 13, ..lock }.problem().is_some());
     }

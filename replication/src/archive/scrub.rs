@@ -64,39 +64,73 @@ pub struct Scrubbed {
 pub type GoOn<'a> = &'a (dyn Fn() -> bool + Sync);
 
 struct Reading<'a> {
-    /// Bytes a second.
-    rate: u64,
+    scope: &'a Scope<'a>,
+    /// The incarnation that goes on.
+    newest: u32,
     began: Instant,
-    go_on: GoOn<'a>,
-    locks: Option<&'a Locks>,
     scrubbed: Scrubbed,
     /// What was found of each file, by its hash: files belong to many checkpoints.
     files: HashMap<String, Option<String>>,
 }
 
-/// Reads everything of a tenant whose newest chain is `chain`, up to link `known` at least, at most
-/// `rate` bytes a second, and renews its `locks`; none if it was stopped.
+/// How a scrub goes about it.
+pub struct Scope<'a> {
+    /// Bytes a second, at most.
+    pub rate: u64,
+    /// What is renewed of what is whole.
+    pub locks: Option<&'a Locks>,
+    /// Moments before this are not kept for their own sake, milliseconds since 1970: what only they need
+    /// may lose its lock.
+    pub since_ms: u64,
+    pub go_on: GoOn<'a>,
+}
+
+/// Reads everything of a tenant whose newest chain is `chain`, up to link `known` at least; none if it was
+/// stopped.
 pub async fn scrub(
     chain: &Chain,
     known: u64,
-    rate: u64,
-    locks: Option<&Locks>,
-    go_on: GoOn<'_>,
+    scope: &Scope<'_>,
 ) -> Result<Option<Scrubbed>, ChainError> {
-    let mut reading = Reading {
-        rate,
-        began: Instant::now(),
-        go_on,
-        locks,
-        scrubbed: Scrubbed::default(),
-        files: HashMap::new(),
-    };
     let newest = chain.group().incarnation;
+    let mut reading = Reading::of(scope, newest);
     for incarnation in 1..=newest {
         let known = if incarnation == newest { known } else { 0 };
         reading.incarnation(&chain.of(incarnation), known).await?;
     }
-    Ok(go_on().then_some(reading.scrubbed))
+    Ok((scope.go_on)().then_some(reading.scrubbed))
+}
+
+/// Reads what the newest state of a group needs: the newest checkpoint that is whole, or all links. Of the
+/// directory nothing else is of use.
+pub async fn scrub_newest(
+    chain: &Chain,
+    scope: &Scope<'_>,
+) -> Result<Option<Scrubbed>, ChainError> {
+    let mut reading = Reading::of(scope, chain.group().incarnation);
+    let mut whole = BTreeMap::new();
+    for object in checkpoint::list(chain.bucket(), chain.group()).await? {
+        match reading.manifest(chain, &object).await? {
+            Ok(time_ms) => {
+                whole.insert(checkpoint::link_of(&object).unwrap_or(0), time_ms);
+                reading.renew(chain, &object).await?;
+                break;
+            }
+            Err(what) => {
+                reading.scrubbed.unusable.push(object.to_string());
+                reading.scrubbed.damages.push(Damage {
+                    object: object.to_string(),
+                    what,
+                    lost: None,
+                });
+            }
+        }
+    }
+    let from = whole.keys().next().copied().unwrap_or(0);
+    let numbers = chain.numbers(from.saturating_sub(1)).await?;
+    let last = numbers.last().copied().unwrap_or(from);
+    reading.links(chain, from.max(1), last, &whole).await?;
+    Ok((scope.go_on)().then_some(reading.scrubbed))
 }
 
 /// Reads every file of one checkpoint; why it cannot be restored, if so.
@@ -150,40 +184,36 @@ async fn read_file(chain: &Chain, file: &ManifestFile) -> Result<Option<String>,
     Ok(Some(format!("object {object}: {why}")))
 }
 
-impl Reading<'_> {
+impl<'a> Reading<'a> {
+    fn of(scope: &'a Scope<'a>, newest: u32) -> Self {
+        Reading {
+            scope,
+            newest,
+            began: Instant::now(),
+            scrubbed: Scrubbed::default(),
+            files: HashMap::new(),
+        }
+    }
+
     async fn pace(&mut self, bytes: u64) {
         self.scrubbed.objects += 1;
         self.scrubbed.bytes += bytes;
-        let due = Duration::from_secs_f64(self.scrubbed.bytes as f64 / self.rate.max(1) as f64);
+        let due =
+            Duration::from_secs_f64(self.scrubbed.bytes as f64 / self.scope.rate.max(1) as f64);
         tokio::time::sleep_until(self.began + due).await;
     }
 
-    /// Renews the lock of an object that was found whole. `written_ms`: when it was written, milliseconds
-    /// since 1970; none: the store is asked.
-    async fn renew(
-        &mut self,
-        chain: &Chain,
-        object: &Path,
-        written_ms: Option<u64>,
-    ) -> Result<(), ChainError> {
-        let Some(locks) = self.locks else {
+    /// Renews the lock of an object that was found whole.
+    async fn renew(&mut self, chain: &Chain, object: &Path) -> Result<(), ChainError> {
+        let Some(locks) = self.scope.locks else {
             return Ok(());
         };
-        let store = |cause| ChainError::Store {
-            object: object.to_string(),
+        let renewed = locks.renew(object).await;
+        let renewed = renewed.map_err(|cause| ChainError::Store {
+            object: format!("{object} of group {}", chain.group()),
             cause,
-        };
-        let written_ms = match written_ms {
-            Some(written_ms) => written_ms,
-            None => {
-                let meta = chain.bucket().head(object).await.map_err(store)?;
-                meta.last_modified
-                    .timestamp_millis()
-                    .try_into()
-                    .unwrap_or(0)
-            }
-        };
-        if let Some(why) = locks.renew(object, written_ms).await.map_err(store)? {
+        });
+        if let Some(why) = renewed? {
             self.scrubbed.unlocked.push(format!("{object}: {why}"));
         }
         Ok(())
@@ -194,8 +224,10 @@ impl Reading<'_> {
         let numbers = chain.numbers(0).await?;
         let first = numbers.first().copied().unwrap_or(1);
         let last = numbers.last().copied().unwrap_or(0).max(known);
+        let remnants = self.are_remnants(chain, &numbers).await?;
         // Whether the whole log can be replayed without a checkpoint.
         let begins = match chain.read(1).await {
+            _ if remnants => false,
             Ok(link) => !link.header.is_gap(),
             // Read again, and named, below.
             Err(ChainError::Missing(_) | ChainError::Refused { .. }) => first == 1,
@@ -205,14 +237,14 @@ impl Reading<'_> {
         let mut whole: BTreeMap<u64, u64> = BTreeMap::new();
         let mut bad: Vec<(Path, u64, String)> = Vec::new();
         for object in checkpoint::list(chain.bucket(), chain.group()).await? {
-            if !(self.go_on)() {
+            if !(self.scope.go_on)() {
                 return Ok(());
             }
             let link = checkpoint::link_of(&object).unwrap_or(0);
             match self.manifest(chain, &object).await? {
                 Ok(time_ms) => {
                     whole.insert(link, time_ms);
-                    self.renew(chain, &object, None).await?;
+                    self.renew(chain, &object).await?;
                 }
                 // Retention may have taken it away meanwhile.
                 Err(_) if is_gone(chain, &object).await? => {}
@@ -242,11 +274,24 @@ impl Reading<'_> {
             });
         }
         // What lies before the oldest checkpoint is of no use, and on its way out.
-        let first = match first == 1 {
+        let first = match first == 1 && !remnants {
             true => 1,
             false => oldest.unwrap_or(last),
         };
         self.links(chain, first, last, &whole).await
+    }
+
+    /// Whether the links before the first gap lie outside the window: only their locks have kept them.
+    async fn are_remnants(&self, chain: &Chain, numbers: &[u64]) -> Result<bool, ChainError> {
+        let gap = numbers.windows(2).find(|two| two[1] != two[0] + 1);
+        let (Some(gap), Some(_)) = (gap, self.scope.locks) else {
+            return Ok(false);
+        };
+        match chain.read(gap[0]).await {
+            Ok(link) => Ok(link.header.written_ms < self.scope.since_ms),
+            Err(ChainError::Missing(_) | ChainError::Refused { .. }) => Ok(false),
+            Err(e) => Err(e),
+        }
     }
 
     /// The effective time of a checkpoint, or why it cannot be restored.
@@ -276,7 +321,7 @@ impl Reading<'_> {
                     let object = file_path(chain.group().tenant, &file.hash);
                     match found {
                         Some(_) => self.scrubbed.damaged_files.push(object.to_string()),
-                        None => self.renew(chain, &object, None).await?,
+                        None => self.renew(chain, &object).await?,
                     }
                     self.files.insert(file.hash.clone(), found.clone());
                     self.pace(file.length).await;
@@ -286,7 +331,7 @@ impl Reading<'_> {
             if let Some(why) = found {
                 return Ok(Err(why));
             }
-            if !(self.go_on)() {
+            if !(self.scope.go_on)() {
                 break;
             }
         }
@@ -303,7 +348,7 @@ impl Reading<'_> {
         let mut before: Option<Tail> = None;
         let mut since = 0;
         for number in first..=last {
-            if !(self.go_on)() {
+            if !(self.scope.go_on)() {
                 return Ok(());
             }
             let read = match read_link(chain, number, before.as_ref()).await? {
@@ -325,10 +370,15 @@ impl Reading<'_> {
             };
             let bytes: usize = read.entries.iter().map(|entry| entry.len()).sum();
             self.pace(bytes as u64).await;
-            let object = link_path(chain.group(), number);
-            // Its time by its writer's clock; a closing link says none.
-            let written_ms = Some(read.header.written_ms).filter(|at| *at > 0);
-            self.renew(chain, &object, written_ms).await?;
+            // What the window has left behind goes once its lock has lapsed.
+            let in_window = read.header.written_ms >= self.scope.since_ms;
+            let is_behind = match whole.keys().next() {
+                Some(oldest) => number >= *oldest,
+                None => chain.group().incarnation == self.newest,
+            };
+            if is_behind || in_window || number == last {
+                self.renew(chain, &link_path(chain.group(), number)).await?;
+            }
             since = read.header.state.as_ref().map_or(since, |s| s.time_ms);
             before = Some(Tail::from(&read));
         }

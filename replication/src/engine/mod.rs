@@ -153,7 +153,8 @@ impl Engine {
         }
         if cf == Cf::Kv {
             options.set_memtable_whole_key_filtering(true);
-            options.set_memtable_prefix_bloom_ratio(0.05);
+            // 27 bits for each of the keys with values of 256 bytes, and a third of a MB of an idle tenant.
+            options.set_memtable_prefix_bloom_ratio(0.01);
         }
         options.set_block_based_table_factory(&table);
         options

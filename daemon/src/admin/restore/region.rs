@@ -72,10 +72,10 @@ impl Run {
                     Err(why) => self.refused(&tenant.record, why).await,
                 }
             }
-            let hold = self.node.joins.hold();
+            let hold = self.node.joins.hold(false);
             return self.tenants(directory, key, lost, aim, &hold).await;
         }
-        let hold = self.node.joins.hold();
+        let hold = self.node.joins.hold(true);
         // Whatever still runs of the old region is fenced by the chains that are closed.
         let (directory, key) = self.directory().await?;
         let all = directory.tenants().map_err(|e| e.to_string())?;
@@ -157,16 +157,8 @@ impl Run {
         let links: Vec<LinkRecord> = links.into_iter().map(|found| found.record).collect();
         let at_once = Arc::new(Semaphore::new(limits::RESTORES));
         let mut running = JoinSet::new();
-        let mut before = None;
+        hold.tenants(tenants.iter().map(|t| &t.record));
         for tenant in tenants {
-            // One tier after the other: what is less urgent takes no share of the network and disk.
-            let tier = tenant.record.tier;
-            if let Some(before) = before.replace(tier)
-                && before != tier
-            {
-                while running.join_next().await.is_some() {}
-                hold.release(before);
-            }
             // Taken here: tenants begin in the order of their deadlines.
             let Ok(permit) = at_once.clone().acquire_owned().await else {
                 break;
@@ -174,7 +166,9 @@ impl Run {
             let (run, directory, key) = (self.clone(), directory.clone(), archive_key.clone());
             let link = links.iter().find(|l| l.tenant == tenant.record.id).cloned();
             running.spawn(async move {
+                let record = tenant.record.clone();
                 run.tenant(&directory, &key, link, tenant, aim).await;
+                run.node.joins.restored(&record);
                 drop(permit);
             });
         }
