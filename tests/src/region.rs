@@ -428,16 +428,16 @@ impl Region {
     /// Waits until everything that was acknowledged is in the bucket.
     pub async fn archived(&self, name: &str) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(30);
+        // What is written meanwhile need not be.
+        let applied = self.tenant(self.leader(name).await?, name).await?.applied;
         loop {
-            let tenant = self.tenant(self.leader(name).await?, name).await?;
-            if tenant.archived >= tenant.applied {
+            let archived = self.tenant(self.leader(name).await?, name).await?.archived;
+            if archived >= applied {
                 return Ok(());
             }
             ensure!(
                 Instant::now() < deadline,
-                "tenant {name} is not archived: {} of {}",
-                tenant.archived,
-                tenant.applied
+                "tenant {name} is not archived: {archived} of {applied}"
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
