@@ -26,6 +26,8 @@ use crate::tenant;
 
 /// How long a node may take to say whether it holds anything of a tenant.
 const SAY_WITHIN: Duration = Duration::from_secs(10);
+/// How long the enhanced tier has the machine to itself.
+const TIER_FIRST: Duration = Duration::from_secs(300);
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 
 /// What the tenants of a region are restored to.
@@ -158,7 +160,15 @@ impl Run {
         let at_once = Arc::new(Semaphore::new(limits::RESTORES));
         let mut running = JoinSet::new();
         hold.tenants(tenants.iter().map(|t| &t.record));
+        let mut before = None;
         for tenant in tenants {
+            let tier = tenant.record.tier;
+            if before.replace(tier).is_some_and(|before| before != tier) {
+                // What is less urgent takes no share of the network and disk, but is not held up by one
+                // that hangs.
+                let all = async { while running.join_next().await.is_some() {} };
+                let _ = tokio::time::timeout(TIER_FIRST, all).await;
+            }
             // Taken here: tenants begin in the order of their deadlines.
             let Ok(permit) = at_once.clone().acquire_owned().await else {
                 break;
