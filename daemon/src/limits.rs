@@ -46,6 +46,8 @@ pub const DELETION_GRACE: Duration = Duration::from_secs(30 * 24 * 3600);
 /// The newest checkpoints that retention leaves, unless a tenant says otherwise: one is damaged, another
 /// serves.
 pub const KEEP_CHECKPOINTS: u32 = 2;
+/// How much of the directory's history is kept: it is only ever restored to its newest state.
+pub const KEEP_DIRECTORY: Duration = Duration::from_secs(7 * 24 * 3600);
 /// How long a request waits for a tenant that is being opened.
 pub const OPENING: Duration = Duration::from_secs(5);
 /// Events kept in the directory.
@@ -55,16 +57,23 @@ pub const SCRUB_EVERY: Duration = Duration::from_secs(7 * 24 * 3600);
 pub const SCRUB_RATE: u64 = 32 << 20;
 /// Days of a tenant's objectives that are kept.
 pub const OBJECTIVE_DAYS: u64 = 35;
-/// What a drill fetches at full speed, to measure it, and a second from there on, and its memory: a live
-/// tenant keeps its own.
-pub const DRILL_MEASURED: u64 = 64 << 20;
+/// What a drill fetches at full speed, to measure it, and a second from there on; for how long its thread may
+/// work without a pause, and one part of how many it works from there on; and its memory: a live tenant
+/// keeps its own.
+pub const DRILL_MEASURED: u64 = 32 << 20;
 pub const DRILL_RATE: u64 = 32 << 20;
+pub const DRILL_FREE: Duration = Duration::from_millis(250);
+pub const DRILL_SHARE: u32 = 8;
 pub const DRILL_BUFFERS: usize = 64 << 20;
 pub const DRILL_CACHE: usize = 8 << 20;
 /// Keys that a drill compares with the live tenant's.
 pub const DRILL_SAMPLE: usize = 64;
 /// Drills of a tenant that are listed.
 pub const MAX_DRILLS: usize = 100;
+/// How long the enhanced tier of a region that is restored has the machine to itself.
+pub const TIER_FIRST: Duration = Duration::from_secs(300);
+/// The longest that a restored tenant which can be read waits for a second replica.
+pub const JOIN_WITHIN: Duration = Duration::from_secs(300);
 /// Tenants of a region restored at once: small ones wait for the bucket and the disk most of the time.
 pub const RESTORES: usize = 8;
 /// Of them, those whose log is replayed and rows are counted: each takes a core.

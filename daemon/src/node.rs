@@ -36,7 +36,7 @@ use crate::residency::BucketPlace;
 use crate::retention;
 use crate::scrub;
 use crate::server;
-use crate::tenant::{DRILL, Parts, RESTORE, Registry, deletion, rewriting, rotation};
+use crate::tenant::{DRILL, Opening, Parts, RESTORE, Registry, deletion, rewriting, rotation};
 
 /// How often the memtables of all tenants are looked at: what a disk's speed adds meanwhile is little.
 const MEMTABLES: Duration = Duration::from_millis(200);
@@ -70,6 +70,8 @@ pub struct Node {
     archive_key: RwLock<Option<Secret>>,
     /// Links made since the directory was last told.
     links: RwLock<BTreeMap<TenantId, LinkRecord>>,
+    /// The newest one of the directory's chain.
+    directory_link: Arc<parking_lot::Mutex<Option<(GroupId, u64)>>>,
     pub(crate) events: Pending,
     pub(crate) history: History,
     pub(crate) bucket_place: RwLock<BucketPlace>,
@@ -173,6 +175,7 @@ impl Node {
             directory: RwLock::new(None),
             archive_key: RwLock::new(None),
             links: RwLock::default(),
+            directory_link: Arc::default(),
             events: Pending::default(),
             history: History::default(),
             bucket_place: RwLock::default(),
@@ -271,7 +274,6 @@ impl Node {
         if let Some(open) = self.parts.groups.get(id) {
             return Ok(open);
         }
-        let nothing: Report = Arc::new(|_, _| {});
         let key: KeyUri = self.config.region_key.parse().map_err(text)?;
         let wrapped = self
             .parts
@@ -283,16 +285,30 @@ impl Node {
         let keys = Arc::new(keys.map_err(text)?);
         let archive_key = keys.archive_key();
         self.set_archive_key(archive_key.clone());
-        // One voter is enough: a change is answered once it is in the bucket.
-        let opened = self
-            .parts
-            .open(id, Ok(keys), Duration::ZERO, archive_key, nothing, 1)
-            .await;
+        let newest = self.directory_link.clone();
+        let opening = Opening {
+            id,
+            keys: Ok(keys),
+            rpo: Duration::ZERO,
+            archive_key,
+            report: Arc::new(move |group, tail| *newest.lock() = Some((group, tail.number))),
+            // One is enough: a change is answered once it is in the bucket.
+            min_voters: 1,
+            begun: None,
+        };
+        let opened = self.parts.open(opening).await;
         opened.map_err(|why| match is_quarantined(&self.parts.replica_dir(id)) {
             // Nothing rebuilds the directory, which says who is to be in a group.
             true => format!("{why}, of the directory: remove the node's data directory, so that it comes back as a new node"),
             false => why,
         })
+    }
+
+    /// The newest link of the directory's chain that this node has made, 0 if none.
+    pub fn newest_directory_link(&self, group: GroupId) -> u64 {
+        let newest = *self.directory_link.lock();
+        let of_group = newest.filter(|(of, _)| *of == group);
+        of_group.map_or(0, |(_, number)| number)
     }
 
     /// Opens the directory here and starts what watches it.

@@ -147,7 +147,12 @@ async fn a_copy_that_dies_is_deleted_and_made_again() -> Result<()> {
         "--key",
         "local:own",
     ];
-    for step in ["copy-recorded", "copy-made", "copy-uploaded"] {
+    for step in [
+        "copy-recorded",
+        "copy-made",
+        "copy-uploaded",
+        "restore-laid",
+    ] {
         interrupted(&mut region, step, &copy).await?;
         let shown = region.tenant(0, "copy").await?;
         ensure!(

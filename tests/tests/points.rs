@@ -171,7 +171,7 @@ impl Archive {
     }
 
     async fn rebuilt(&self, point: Point) -> Result<Rebuilt, RestoreError> {
-        let plan = plan::at(&self.chain, point).await?;
+        let plan = plan::at(&self.chain, &self.chain.end().await?, point).await?;
         let budget = Budget::new(64 << 20, 8 << 20, Ciphering::Encrypted);
         let dir = self.scratch.path().join("rebuilt");
         restore::rebuild(
@@ -453,7 +453,12 @@ async fn going_back_is_gone_on_with_wherever_it_was_interrupted() -> Result<()> 
     }
     let revision = revision.to_string();
     let asked = ["restore", "tenant", "acme", "--revision", revision.as_str()];
-    for moment in ["restore-withheld", "restore-closed", "restore-opened"] {
+    for moment in [
+        "restore-withheld",
+        "restore-closed",
+        "restore-opened",
+        "restore-laid",
+    ] {
         let mut client = region.client("acme").await?;
         let deadline = tokio::time::Instant::now() + WITHIN;
         while let Err(e) = client.put("later", moment, None).await {

@@ -14,7 +14,7 @@ use super::Directory;
 use super::records::{EventKind, NodeRecord, TenantRecord};
 use crate::limits;
 use crate::node::Node;
-use crate::tenant::{Parts, Tenant, keeper, reason, rebuilding, wrapped};
+use crate::tenant::{Opening, Parts, Tenant, keeper, reason, rebuilding, wrapped};
 
 const RETRY: Duration = Duration::from_millis(500);
 const RECORDS: Duration = Duration::from_secs(2);
@@ -156,19 +156,25 @@ async fn open_group(node: &Arc<Node>, tenant: &Tenant) -> Result<Arc<Group>, Str
     let key = node
         .archive_key()
         .ok_or("the region's archive key is not known yet")?;
-    let rpo = Duration::from_millis(record.rpo_ms);
-    let majority = record.placement.len() / 2 + 1;
     let group = match open {
         Some(open) => open,
         None => {
-            let report = node.report();
             let parts = &node.parts;
             // Whatever keeps the key away: the group goes on without it.
             let keys = match record.withheld() {
                 Some(why) => Err(why),
                 None => keys(parts, tenant, record).await,
             };
-            parts.open(id, keys, rpo, key, report, majority).await?
+            let opening = Opening {
+                id,
+                keys,
+                rpo: Duration::from_millis(record.rpo_ms),
+                archive_key: key,
+                report: node.report(),
+                min_voters: record.placement.len() / 2 + 1,
+                begun: None,
+            };
+            parts.open(opening).await?
         }
     };
     let first = record.placement.first() == Some(&node.config.name);
@@ -274,7 +280,7 @@ pub async fn keep_members(node: Arc<Node>) {
             let record = tenant.record();
             if let Ok(group) = tenant.group()
                 && group.is_leader()
-                && !node.joins.tenant_waits(&record)
+                && !node.joins.tenant_waits(record.tier, record.id)
             {
                 let placed: Vec<NodeRecord> = nodes
                     .iter()

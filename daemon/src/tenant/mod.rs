@@ -20,7 +20,7 @@ use object_store::ObjectStore;
 use parking_lot::RwLock;
 use replication::GroupId;
 use replication::archive::archiver::{self, Report};
-use replication::archive::chain::Chain;
+use replication::archive::chain::{Chain, Tail};
 use replication::engine::Budget;
 use replication::group::replica::{is_fenced, is_quarantined};
 use replication::group::{Group, GroupConfig, GroupError, Groups};
@@ -50,6 +50,20 @@ pub struct Parts {
     pub max_log_bytes: u64,
 }
 
+/// What a tenant's group is opened with.
+pub struct Opening {
+    pub id: GroupId,
+    /// Or why it is opened sealed.
+    pub keys: Result<Arc<TenantKeys>, String>,
+    pub rpo: Duration,
+    pub archive_key: Secret,
+    pub report: Report,
+    /// Writes are refused while fewer members vote.
+    pub min_voters: usize,
+    /// The end of its chain, if that was begun just now.
+    pub begun: Option<Tail>,
+}
+
 impl Parts {
     pub fn replica_dir(&self, group: GroupId) -> PathBuf {
         self.data_dir.join("tenants").join(group.to_string())
@@ -60,16 +74,9 @@ impl Parts {
         self.data_dir.join(DRILL).join(group.to_string())
     }
 
-    /// Opens a tenant's group here, with its keys or sealed, and starts its archiver.
-    pub async fn open(
-        &self,
-        id: GroupId,
-        keys: Result<Arc<TenantKeys>, String>,
-        rpo: Duration,
-        archive_key: Secret,
-        report: Report,
-        min_voters: usize,
-    ) -> Result<Arc<Group>, String> {
+    /// Opens a tenant's group here and starts its archiver.
+    pub async fn open(&self, opening: Opening) -> Result<Arc<Group>, String> {
+        let id = opening.id;
         if self.keys.is_shredded(id.tenant) {
             return Err("the tenant was deleted, and its keys are destroyed here".into());
         }
@@ -83,18 +90,19 @@ impl Parts {
             id,
             node: self.peers.own_id(),
             dir: self.replica_dir(id),
-            keys,
+            keys: opening.keys,
             budget: self.budget.clone(),
             log: self.log.clone(),
             peers: self.peers.clone(),
-            rpo_zero: rpo.is_zero(),
-            min_voters,
+            rpo_zero: opening.rpo.is_zero(),
+            min_voters: opening.min_voters,
             max_log_bytes: self.max_log_bytes,
         })
         .await
         .map_err(|e| e.to_string())?;
-        let chain = Chain::new(self.bucket.clone(), archive_key, id);
-        group.spawn(archiver::run(group.clone(), chain, rpo, report));
+        let chain = Chain::new(self.bucket.clone(), opening.archive_key, id);
+        let (rpo, report, begun) = (opening.rpo, opening.report, opening.begun);
+        group.spawn(archiver::run(group.clone(), chain, rpo, report, begun));
         self.groups.insert(group.clone());
         Ok(group)
     }
@@ -162,12 +170,12 @@ impl Tenant {
         self.nudge.notified().await;
     }
 
-    /// Whether the group is about to be here.
     /// How old the oldest write that is not archived may be before others are refused; zero: any.
     pub fn max_unarchived(&self) -> Duration {
         Duration::from_millis(self.record.read().max_unarchived_ms)
     }
 
+    /// Whether the group is about to be here.
     pub fn is_opening(&self) -> bool {
         matches!(&*self.group.read(), Err(why) if why == OPENING)
     }

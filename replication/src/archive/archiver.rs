@@ -49,8 +49,15 @@ pub struct Archiver {
     report: Report,
 }
 
-/// Runs as long as the group is open; idle while another node leads.
-pub async fn run(group: Arc<Group>, chain: Chain, rpo: Duration, report: Report) {
+/// Runs as long as the group is open; idle while another node leads. `begun`: the end of a chain that was
+/// begun for this group just now.
+pub async fn run(
+    group: Arc<Group>,
+    chain: Chain,
+    rpo: Duration,
+    report: Report,
+    mut begun: Option<Tail>,
+) {
     let archiver = Archiver {
         chain,
         writer: hex::encode(kms::secret::random_bytes::<8>()),
@@ -79,7 +86,7 @@ pub async fn run(group: Arc<Group>, chain: Chain, rpo: Duration, report: Report)
             "another term",
         );
         let led = tokio::select! {
-            led = archiver.lead(&group, &mut retry) => led,
+            led = archiver.lead(&group, begun.take(), &mut retry) => led,
             _ = over => Ok(()),
         };
         match led {
@@ -116,9 +123,20 @@ fn now_ms() -> u64 {
 
 impl Archiver {
     /// Ships while this node leads.
-    async fn lead(&self, group: &Group, retry: &mut Duration) -> Result<(), ChainError> {
+    async fn lead(
+        &self,
+        group: &Group,
+        begun: Option<Tail>,
+        retry: &mut Duration,
+    ) -> Result<(), ChainError> {
         let term = self.term(group);
-        let mut tail = self.first_look(group, term).await?;
+        let mut tail = match begun {
+            Some(tail) => {
+                group.shared().clear_writes(term);
+                tail
+            }
+            None => self.first_look(group, term).await?,
+        };
         group.note_archived(tail.last_index());
         self.bridge(group, &mut tail).await?;
         let mut known: Vec<(u64, u64, String)> =

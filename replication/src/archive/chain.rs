@@ -69,6 +69,13 @@ impl From<&Link> for Tail {
     }
 }
 
+/// How a chain ends: its newest link, and the manifests of its checkpoints, newest first.
+#[derive(Clone, Debug, Default)]
+pub struct End {
+    pub tail: Tail,
+    pub manifests: Vec<Path>,
+}
+
 /// What came of trying to create the next link.
 pub enum Created {
     Ours(Box<Tail>),
@@ -161,15 +168,21 @@ impl Chain {
         })
     }
 
-    /// The newest link. Listing is the only way to find it: from the newest checkpoint on, since
-    /// a chain can have many links.
-    pub async fn tail(&self) -> Result<Tail, ChainError> {
+    /// Listing is the only way to find the newest link: from the newest checkpoint on, since a chain can
+    /// have many links.
+    pub async fn end(&self) -> Result<End, ChainError> {
         let manifests = checkpoint::list(&self.bucket, self.group).await?;
         let from = manifests.first().and_then(checkpoint::link_of).unwrap_or(0);
-        match self.numbers(from.saturating_sub(1)).await?.last() {
-            Some(number) => Ok(Tail::from(&self.read(*number).await?)),
-            None => Ok(Tail::default()),
-        }
+        let tail = match self.numbers(from.saturating_sub(1)).await?.last() {
+            Some(number) => Tail::from(&self.read(*number).await?),
+            None => Tail::default(),
+        };
+        Ok(End { tail, manifests })
+    }
+
+    /// The newest link.
+    pub async fn tail(&self) -> Result<Tail, ChainError> {
+        Ok(self.end().await?.tail)
     }
 
     /// Checks that `link` follows `before`.

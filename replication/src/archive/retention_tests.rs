@@ -13,7 +13,8 @@ use crate::archive::holds::What;
 use crate::archive::link::{Base, Closed, Header, LinkState, Origin};
 use crate::machine::Until;
 use crate::mvcc::digest::Digests;
-use crate::restore::plan::{self, Point};
+use crate::restore::RestoreError;
+use crate::restore::plan::{self, Plan, Point};
 use crate::{GroupId, Position};
 
 const HOUR: u64 = 3_600_000;
@@ -151,9 +152,13 @@ impl Model {
         bucket.put(&object, PutPayload::from(bytes)).await.unwrap();
     }
 
+    async fn plan(&self, point: Point) -> Result<Plan, RestoreError> {
+        plan::at(&self.chain, &self.chain.end().await?, point).await
+    }
+
     /// A restore in place to `point`, as the daemon does it.
     async fn go_back(&mut self, point: Point) {
-        let Ok(plan) = plan::at(&self.chain, point).await else {
+        let Ok(plan) = self.plan(point).await else {
             return;
         };
         // Where it comes to: the last link that does not lie behind it.
@@ -226,7 +231,7 @@ impl Model {
 
     /// The incarnation that a restore to `point` ends in; none if it cannot be made.
     async fn restorable(&self, point: Point) -> Option<u32> {
-        let plan = plan::at(&self.chain, point).await.ok()?;
+        let plan = self.plan(point).await.ok()?;
         if let Some(manifest) = plan.first_manifest() {
             for file in &manifest.files {
                 let object = file_path(manifest.group.tenant, &file.hash);

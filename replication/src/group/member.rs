@@ -6,7 +6,7 @@
 //! less; over the cap of the node's log, and with the archive stalled, behind the checkpoint alone.
 //! While the tenant is sealed nothing is purged, and no command is proposed (`sealing`).
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -111,7 +111,7 @@ pub struct Shared {
     joined: AtomicBool,
     /// It was a voter before as well: that says nothing until it is current again.
     filling: AtomicBool,
-    /// The term in which this node's archiver has looked whether the chain is closed.
+    /// The term in which this node's archiver has looked whether the chain is closed, or has begun it.
     cleared: AtomicU64,
 }
 
@@ -452,25 +452,8 @@ impl Group {
             .map_err(|e| e.to_string())
     }
 
-    /// Forms the group of a restored tenant: this node alone, at the state in `dir`.
-    pub async fn found_from(&self, snapshot: SnapshotDir, address: &str) -> Result<(), GroupError> {
-        let at = snapshot.state.applied.unwrap_or_default();
-        let last = super::types::log_id(at);
-        let own = self.shared.peers.own_id();
-        let alone = openraft::Membership::new(
-            vec![BTreeSet::from([own])],
-            BTreeMap::from([(own, BasicNode::new(address))]),
-        )
-        .map_err(|e| self.error(e))?;
-        let meta = SnapshotMeta {
-            last_log_id: Some(last),
-            last_membership: super::types::StoredMembership::new(Some(last), alone),
-        };
-        // A foreign id: a vote of one's own would make openraft take this node for the leader.
-        let vote = Vote::new_committed(at.term + 1, u64::MAX);
-        self.install(vote, meta, snapshot)
-            .await
-            .map_err(|e| self.error(e))?;
+    /// Has this node, which alone is of a restored group, lead it.
+    pub async fn lead_alone(&self) -> Result<(), GroupError> {
         let raft = self.raft();
         raft.trigger()
             .elect(false)

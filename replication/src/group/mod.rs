@@ -1,6 +1,7 @@
 //! One tenant's Raft group on one node: build, propose, read, membership. openraft's names stay
 //! here and in `log`.
 
+pub mod founding;
 mod gather;
 mod member;
 mod members;
@@ -24,5 +25,4 @@ pub use member::{Checkpoint, Group, GroupConfig, GroupError};
 pub use propose::ProposeError;
 pub use registry::{DaemonCalls, Groups};
 pub use scan::ScanError;
-pub use state_machine::SnapshotDir;
 pub use status::{GroupStatus, Role};

@@ -120,6 +120,25 @@ impl ReplicaDir {
         Ok(before)
     }
 
+    /// Puts a checkpoint, whose files are synced, in use as engine and as snapshot; answers the directory
+    /// of the engine before.
+    pub fn put_checkpoint(
+        &self,
+        files: &Path,
+        meta: &SnapshotMeta,
+        state: &State,
+    ) -> io::Result<PathBuf> {
+        let (number, path) = self.next_engine(files)?;
+        let scratch = self.scratch("installed");
+        let _ = fs::remove_dir_all(&scratch);
+        link_dir(&path, &scratch)?;
+        // In this order: a replica that is opened sealed begins at its snapshot, which the engine must
+        // not stand behind.
+        let before = self.use_engine(number)?;
+        self.set_snapshot(&scratch, meta, state)?;
+        Ok(before)
+    }
+
     /// Every directory with files of the replica.
     pub fn all(&self) -> io::Result<Vec<PathBuf>> {
         let entries = fs::read_dir(&self.path)?;

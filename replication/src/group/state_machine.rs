@@ -118,7 +118,9 @@ fn install(replica: &Replica, meta: &SnapshotMeta, snapshot: SnapshotDir) -> io:
     let before = match replica.machine() {
         Some(machine) => install_open(replica, &machine, meta, &snapshot.path)?,
         None => {
-            let before = install_sealed(replica, meta, &snapshot)?;
+            // As files only: the tenant's key is away.
+            let dir = &replica.dir;
+            let before = dir.put_checkpoint(&snapshot.path, meta, &snapshot.state)?;
             passed.position = meta.last_log_id;
             passed.membership = meta.last_membership.clone();
             replica
@@ -130,24 +132,6 @@ fn install(replica: &Replica, meta: &SnapshotMeta, snapshot: SnapshotDir) -> io:
     let _ = std::fs::remove_dir_all(before);
     let _ = std::fs::remove_dir_all(&snapshot.path);
     Ok(())
-}
-
-/// As files only: the tenant's key is away.
-fn install_sealed(
-    replica: &Replica,
-    meta: &SnapshotMeta,
-    snapshot: &SnapshotDir,
-) -> io::Result<PathBuf> {
-    let (number, path) = replica.dir.next_engine(&snapshot.path)?;
-    sync_dir(&path)?;
-    let scratch = replica.dir.scratch("installed");
-    let _ = std::fs::remove_dir_all(&scratch);
-    crate::engine::link_dir(&path, &scratch)?;
-    // In this order: a replica that is opened sealed begins at its snapshot, which the engine must
-    // not stand behind.
-    let before = replica.dir.use_engine(number)?;
-    replica.dir.set_snapshot(&scratch, meta, &snapshot.state)?;
-    Ok(before)
 }
 
 /// Opens the received checkpoint as the next engine and puts it in use. Nothing of the old engine

@@ -131,6 +131,14 @@ impl Store {
         self.commit(batch, state)
     }
 
+    /// Says who is of the group that begins here.
+    pub fn set_membership(&self, membership: &[u8]) -> Result<(), EngineError> {
+        let engine = self.engine()?;
+        let mut batch = rocksdb::WriteBatch::default();
+        State::write_membership(&engine, &mut batch, membership);
+        engine.write(batch)
+    }
+
     /// Puts another engine in the place of the present one.
     pub fn replace(&self, engine: Engine) -> Result<(), EngineError> {
         let state = State::read(&engine)?;

@@ -16,7 +16,8 @@ use crate::GroupId;
 use crate::archive::chain::{Chain, Created, Tail};
 use crate::archive::checkpoint::{self, Manifest};
 use crate::engine::{Budget, Cf, Engine, EngineError};
-use crate::group::replica::{open_files, sync_dir};
+use crate::group::founding::Founder;
+use crate::group::replica::open_files;
 use crate::machine::Store;
 use crate::mvcc::digest::{Digests, Hasher};
 
@@ -29,6 +30,7 @@ impl Rebuilt {
     pub fn copy_to(
         self,
         group: GroupId,
+        founder: &Founder,
         keys: Arc<TenantKeys>,
         budget: &Budget,
         dir: &Path,
@@ -60,7 +62,6 @@ impl Rebuilt {
                 })?;
             }
             let store = Store::open(engine)?;
-            store.set_state(state.clone())?;
             let (found, _) = store.scan_digests(&hasher, |_| go_on())?;
             if found != state.digests {
                 return Err(RestoreError::Digest {
@@ -68,15 +69,7 @@ impl Rebuilt {
                     wanted: state.digests.keys,
                 });
             }
-            let checkpoint = dir.join("checkpoint");
-            store.engine()?.checkpoint(&checkpoint)?;
-            sync_dir(&checkpoint).map_err(io(&checkpoint))?;
-            Ok(Restored {
-                group,
-                checkpoint,
-                position: state.applied.unwrap_or_default(),
-                state,
-            })
+            Restored::of(group, &store, state, founder, dir.join("checkpoint"))
         })
     }
 }
@@ -107,20 +100,21 @@ fn copy(
     Ok(to.write(batch)?)
 }
 
-/// Begins the chain of a tenant that was copied: a link that stands where it does, and its state.
+/// Begins the chain of a tenant that was copied: a link that stands where it does, and its state. Answers
+/// that link.
 pub async fn begin_chain(
     chain: &Chain,
     copied: &Restored,
     restore: &str,
-) -> Result<(), RestoreError> {
+) -> Result<Tail, RestoreError> {
     let header = first_link(copied, None, restore);
     let tail = match chain.create(&Tail::default(), header, &[]).await? {
         Created::Ours(tail) => tail,
         Created::Theirs(_) => return Err(RestoreError::Lost(chain.group().incarnation)),
     };
-    let behind = (tail.number, tail.hash);
+    let behind = (tail.number, tail.hash.clone());
     let manifest = Manifest::new(chain.group(), &copied.state, copied.position, behind);
     let files = open_files(&copied.checkpoint).map_err(io(&copied.checkpoint))?;
     checkpoint::upload(chain, files, manifest).await?;
-    Ok(())
+    Ok(*tail)
 }

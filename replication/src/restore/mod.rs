@@ -22,13 +22,15 @@ use thiserror::Error;
 use crate::archive::chain::{Chain, ChainError, Created, Tail};
 use crate::archive::link::{Base, Closed, Header, Link, LinkState, Origin};
 use crate::engine::{Budget, EngineError};
-use crate::machine::{MachineError, State};
+use crate::group::founding::Founder;
+use crate::group::replica::sync_dir;
+use crate::machine::{MachineError, State, Store};
 use crate::mvcc::digest::Digest;
 use crate::{GroupId, Position};
 
 pub use copy::begin_chain;
 pub use plan::{Plan, Point};
-pub use replay::{Rebuilt, run as replay};
+pub use replay::{Rebuilt, replay};
 
 /// Added to the revision at every restore: revisions that clients have seen are not given again.
 pub const REVISION_JUMP: i64 = 1_000_000_000;
@@ -121,6 +123,30 @@ pub struct Restored {
     pub checkpoint: PathBuf,
     pub position: Position,
     pub state: State,
+}
+
+impl Restored {
+    /// What `store` holds, at `state`, as the beginning of `group`; its files go to `checkpoint`, which must
+    /// not exist.
+    fn of(
+        group: GroupId,
+        store: &Store,
+        mut state: State,
+        founder: &Founder,
+        checkpoint: PathBuf,
+    ) -> Result<Self, RestoreError> {
+        let position = *state.applied.get_or_insert_default();
+        store.set_state(state.clone())?;
+        store.set_membership(&founder.membership(position))?;
+        store.engine()?.checkpoint(&checkpoint)?;
+        sync_dir(&checkpoint).map_err(io(&checkpoint))?;
+        Ok(Restored {
+            group,
+            checkpoint,
+            position,
+            state,
+        })
+    }
 }
 
 /// A chain that was closed for a restore.
@@ -258,17 +284,18 @@ fn first_link(restored: &Restored, base: Option<Base>, restore: &str) -> Header 
     }
 }
 
-/// Opens the new incarnation's chain, exclusively: of two restores one wins here at the latest.
+/// Opens the new incarnation's chain, exclusively: of two restores one wins here at the latest. Answers
+/// its first link.
 pub async fn open_chain(
     chain: &Chain,
     restored: &Restored,
     base: Base,
     restore: &str,
-) -> Result<(), RestoreError> {
+) -> Result<Tail, RestoreError> {
     let header = first_link(restored, Some(base), restore);
     match chain.create(&Tail::default(), header, &[]).await? {
-        Created::Ours(_) => Ok(()),
-        Created::Theirs(link) if link.header.writer == restore => Ok(()),
+        Created::Ours(tail) => Ok(*tail),
+        Created::Theirs(link) if link.header.writer == restore => Ok(Tail::from(&*link)),
         Created::Theirs(_) => Err(RestoreError::Lost(restored.group.incarnation)),
     }
 }

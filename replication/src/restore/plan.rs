@@ -2,10 +2,11 @@
 //! every link from there to it.
 
 use futures::{StreamExt, TryStreamExt};
+use object_store::path::Path;
 
 use super::RestoreError;
 use crate::archive::bucket::link_path;
-use crate::archive::chain::{Chain, ChainError, Tail};
+use crate::archive::chain::{Chain, ChainError, End, Tail};
 use crate::archive::checkpoint::{self, Manifest};
 use crate::archive::link::{Base, Header, Link, LinkState};
 use crate::clock::utc;
@@ -93,22 +94,22 @@ impl Plan {
 
 /// Plans a restore of `chain`'s group to its newest state.
 pub async fn newest(chain: &Chain) -> Result<Plan, RestoreError> {
-    to_newest(chain, &[]).await
+    to_newest(chain, &chain.end().await?, &[]).await
 }
 
-async fn to_newest(chain: &Chain, unusable: &[Manifest]) -> Result<Plan, RestoreError> {
-    let (manifest, refused) = checkpoint_before(chain, Until::End, unusable).await?;
+async fn to_newest(chain: &Chain, end: &End, unusable: &[Manifest]) -> Result<Plan, RestoreError> {
+    let found = checkpoint_before(chain, &end.manifests, Until::End, unusable);
+    let (manifest, refused) = found.await?;
     // Links before it are not listed: a long window has very many.
-    let from = manifest.as_ref().map_or(0, |m| m.link);
-    let mut numbers = chain.numbers(from.saturating_sub(1)).await?;
-    if numbers.is_empty() && from > 1 {
-        numbers = chain.numbers(0).await?;
-    }
-    let Some(last) = numbers.last().copied() else {
+    let last = match end.tail.number {
+        0 => chain.numbers(0).await?.last().copied(),
+        number => Some(number),
+    };
+    let Some(last) = last else {
         return Err(RestoreError::Nothing(chain.group()));
     };
     if let (None, Some(refused)) = (&manifest, refused)
-        && numbers.first() != Some(&1)
+        && chain.numbers(0).await?.first() != Some(&1)
     {
         // The archive begins at it.
         return Err(refused.into());
@@ -116,29 +117,32 @@ async fn to_newest(chain: &Chain, unusable: &[Manifest]) -> Result<Plan, Restore
     behind(chain, manifest, last, Until::End, unusable).await
 }
 
-/// Plans a restore to `point`; `chain` is the newest one, on which the tenant is now, or was last.
-pub async fn at(chain: &Chain, point: Point) -> Result<Plan, RestoreError> {
-    without(chain, point, &[]).await
+/// Plans a restore to `point`; `chain` is the newest one, on which the tenant is now, or was last, and
+/// `end` is how it ends.
+pub async fn at(chain: &Chain, end: &End, point: Point) -> Result<Plan, RestoreError> {
+    without(chain, end, point, &[]).await
 }
 
 /// Plans a restore to `point` that begins with none of the `unusable` checkpoints.
 pub async fn without(
     chain: &Chain,
+    end: &End,
     point: Point,
     unusable: &[Manifest],
 ) -> Result<Plan, RestoreError> {
     let until = match point {
-        Point::Newest => return to_newest(chain, unusable).await,
+        Point::Newest => return to_newest(chain, end, unusable).await,
         Point::Time(ms) => Until::Time(ms),
         Point::Revision(revision) => Until::Revision(revision),
     };
-    let mut chain = chain.clone();
+    let (mut chain, mut manifests) = (chain.clone(), end.manifests.clone());
     loop {
         let all = chain.numbers(0).await?;
         let (Some(first), Some(last)) = (all.first(), all.last().copied()) else {
             return Err(RestoreError::Nothing(chain.group()));
         };
-        let (manifest, refused) = checkpoint_before(&chain, until, unusable).await?;
+        let found = checkpoint_before(&chain, &manifests, until, unusable);
+        let (manifest, refused) = found.await?;
         if manifest.is_some() {
             return behind(&chain, manifest, last, until, unusable).await;
         }
@@ -158,6 +162,7 @@ pub async fn without(
             // Where this incarnation begins lies behind it: it is of one before.
             Some(base) if is_behind => {
                 chain = chain.of(base.incarnation);
+                manifests = checkpoint::list(chain.bucket(), chain.group()).await?;
             }
             _ => return behind(&chain, None, last, until, unusable).await,
         }
@@ -203,18 +208,19 @@ fn serves(manifest: &Manifest, until: Until) -> bool {
 /// answers why one was refused.
 async fn checkpoint_before(
     chain: &Chain,
+    manifests: &[Path],
     until: Until,
     unusable: &[Manifest],
 ) -> Result<(Option<Manifest>, Option<ChainError>), ChainError> {
     let mut newest: Option<Manifest> = None;
     let mut refused = None;
-    for path in checkpoint::list(chain.bucket(), chain.group()).await? {
+    for path in manifests {
         if let Some(found) = &newest
-            && checkpoint::link_of(&path) != Some(found.link)
+            && checkpoint::link_of(path) != Some(found.link)
         {
             break;
         }
-        match checkpoint::read(chain, &path).await {
+        match checkpoint::read(chain, path).await {
             Ok(found) if serves(&found, until) && !unusable.contains(&found) => {
                 // One that came late can be under a key that was destroyed since.
                 let rank = |m: &Manifest| (m.position.index, m.oldest);
@@ -338,7 +344,9 @@ async fn beginning(
     let origin = base.origin.as_ref().map(|origin| origin.incarnation);
     let from = chain.of(origin.unwrap_or(base.incarnation));
     let last = from.numbers(0).await?.last().copied().unwrap_or(0);
-    let (manifest, refused) = checkpoint_before(&from, until, unusable).await?;
+    let manifests = checkpoint::list(from.bucket(), from.group()).await?;
+    let found = checkpoint_before(&from, &manifests, until, unusable);
+    let (manifest, refused) = found.await?;
     let plan = match (
         Box::pin(behind(&from, manifest, last, until, unusable)).await,
         refused,

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use kms::TenantKeys;
 
 use super::plan::Plan;
-use super::{Progress, Report, RestoreError, Restored, io};
+use super::{Progress, Report, RestoreError, Restored};
 use crate::archive::bucket::link_path;
 use crate::archive::link::{Base, Link};
 use crate::engine::{Budget, Engine};
-use crate::group::replica::sync_dir;
+use crate::group::founding::Founder;
 use crate::group::types::{decode_entry, machine_entry};
 use crate::machine::{Applied, Machine, State, Store, Until};
 use crate::mvcc::digest::Hasher;
@@ -29,7 +29,7 @@ pub struct Rebuilt {
 
 /// The second half of `rebuild`, which takes a core: replays `plan` on the engine in `dir/engine`, and
 /// verifies it.
-pub fn run(
+pub fn replay(
     plan: &Plan,
     keys: Arc<TenantKeys>,
     budget: Arc<Budget>,
@@ -42,7 +42,8 @@ pub fn run(
         let store = Arc::new(Store::open(engine)?);
         check_manifest(plan, &store.state())?;
         let mut done = 0;
-        let (is_cut, ended) = replay(plan, &store, &keys, &report, &mut done, plan.total_links())?;
+        let links = plan.total_links();
+        let (is_cut, ended) = apply_links(plan, &store, &keys, &report, &mut done, links)?;
         verify(plan, &store, &keys, is_cut, &report)?;
         report(Progress::Verified);
         let state = store.state();
@@ -62,20 +63,18 @@ impl Rebuilt {
         &self.store
     }
 
-    /// Makes it incarnation `group`, which begins at `base`.
-    pub fn finish(self, group: GroupId, base: &Base) -> Result<Restored, RestoreError> {
+    /// Makes it incarnation `group` of `founder`, which begins at `base`.
+    pub fn finish(
+        self,
+        group: GroupId,
+        base: &Base,
+        founder: &Founder,
+    ) -> Result<Restored, RestoreError> {
         tokio::task::block_in_place(|| {
             jump(&self.store, base)?;
-            let checkpoint = self.dir.join("checkpoint");
-            self.store.engine()?.checkpoint(&checkpoint)?;
-            sync_dir(&checkpoint).map_err(io(&checkpoint))?;
             let state = self.store.state();
-            Ok(Restored {
-                group,
-                checkpoint,
-                position: state.applied.unwrap_or_default(),
-                state,
-            })
+            let checkpoint = self.dir.join("checkpoint");
+            Restored::of(group, &self.store, state, founder, checkpoint)
         })
     }
 }
@@ -101,7 +100,7 @@ fn at(position: Option<Position>) -> String {
 }
 
 /// Answers whether it ends within an entry, and whether something behind the end was met.
-fn replay(
+fn apply_links(
     plan: &Plan,
     store: &Arc<Store>,
     keys: &Arc<TenantKeys>,
@@ -110,7 +109,7 @@ fn replay(
     total: u64,
 ) -> Result<(bool, bool), RestoreError> {
     if let (Some(before), Some(base)) = (&plan.before, &plan.base) {
-        replay(before, store, keys, report, done, total)?;
+        apply_links(before, store, keys, report, done, total)?;
         let found = store.state().applied;
         if found != Some(base.position) {
             return Err(RestoreError::Position {
@@ -124,7 +123,7 @@ fn replay(
     let machine = Machine::new(store.clone(), keys.clone(), plan.group);
     let (mut is_cut, mut ended) = (false, false);
     for link in &plan.links {
-        let applied = apply(plan, link, &machine, store)?;
+        let applied = apply_link(plan, link, &machine, store)?;
         *done += 1;
         let links = *done;
         if !report(Progress::Replayed { links, total }) {
@@ -154,7 +153,7 @@ fn replay(
     }
 }
 
-fn apply(
+fn apply_link(
     plan: &Plan,
     link: &Link,
     machine: &Machine,

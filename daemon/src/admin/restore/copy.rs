@@ -63,9 +63,8 @@ impl Run {
             settled,
             served: Some(served),
         };
-        let chain = self.current(from.first, &archive_key, known).await;
-        let chain = chain.map_err(text)?;
-        let mut plan = plan::at(&chain, point).await.map_err(text)?;
+        let (chain, end) = self.current(&from).await.map_err(text)?;
+        let mut plan = plan::at(&chain, &end, point).await.map_err(text)?;
         let dir = self.scratch(chain.group());
         let rebuilt = self.rebuild(&chain, &mut plan, &dir.0, &from).await?;
         came(&rebuilt, &plan, &chain, &from)?;
@@ -119,7 +118,8 @@ impl Run {
         let go_on = || from.served.as_ref().is_none_or(is_open);
         let came_to = (rebuilt.state.revision, rebuilt.state.time_ms);
         let budget = &self.node.parts.budget;
-        let copied = rebuilt.copy_to(group, keys.clone(), budget, &dir.join("copy"), go_on);
+        let (founder, dir) = (self.founder(), dir.join("copy"));
+        let copied = rebuilt.copy_to(group, &founder, keys.clone(), budget, &dir, go_on);
         let copied = copied.map_err(text)?;
         failpoint("copy-made");
         let to = Wanted {
@@ -137,11 +137,11 @@ impl Run {
         let bucket = self.node.parts.bucket.clone();
         let chain = Chain::new(bucket, to.archive_key.clone(), group);
         self.unchanged(directory, record).await?;
-        let began = restore::begin_chain(&chain, &copied, &self.id).await;
-        began.map_err(text)?;
+        let begun = restore::begin_chain(&chain, &copied, &self.id).await;
+        let begun = begun.map_err(text)?;
         failpoint("copy-uploaded");
         self.unchanged(directory, record).await?;
-        let opened = self.found(&copied, &to).await?;
+        let opened = self.found(&copied, begun, &to).await?;
         let recorded = async {
             let found = self.unchanged(directory, record).await?;
             let current = TenantRecord {

@@ -22,9 +22,10 @@ use std::time::{Duration, Instant};
 
 use kms::{Secret, TenantKeys};
 use replication::GroupId;
-use replication::archive::chain::Chain;
+use replication::archive::chain::{Chain, End, Tail};
 use replication::failpoint::failpoint;
-use replication::group::{Group, SnapshotDir};
+use replication::group::Group;
+use replication::group::founding::Founder;
 use replication::mvcc::digest::Digests;
 use replication::restore::{self, Plan, Point, Progress, Rebuilt, RestoreError, Restored, plan};
 use tokio::sync::{Semaphore, mpsc};
@@ -37,9 +38,9 @@ use crate::directory::{Directory, DirectoryError};
 use crate::limits;
 use crate::node::{Node, NodeState};
 use crate::proto::admin::RestoreEvent;
-use crate::tenant::RESTORE;
 use crate::tenant::key::now_ms;
 use crate::tenant::rewriting::room;
+use crate::tenant::{Opening, RESTORE};
 
 /// What is asked for.
 pub enum Asked {
@@ -209,31 +210,28 @@ impl Run {
         }
     }
 
-    /// The chain that a group's newest state is on: past every closed one whose successor began.
-    async fn current(
-        &self,
-        first: GroupId,
-        archive_key: &Secret,
-        known: u64,
-    ) -> Result<Chain, RestoreError> {
-        let mut chain = Chain::new(self.node.parts.bucket.clone(), archive_key.clone(), first);
-        let mut tail = chain.tail().await?;
-        if tail.number > 0 && tail.number < known {
+    /// The chain that a group's newest state is on, past every closed one whose successor began, and how
+    /// it ends.
+    async fn current(&self, wanted: &Wanted<'_>) -> Result<(Chain, End), RestoreError> {
+        let (bucket, key) = (self.node.parts.bucket.clone(), wanted.archive_key.clone());
+        let mut chain = Chain::new(bucket, key, wanted.first);
+        let mut end = chain.end().await?;
+        if (1..wanted.known).contains(&end.tail.number) {
             return Err(RestoreError::Older {
-                incarnation: first.incarnation,
-                found: tail.number,
-                known,
+                incarnation: wanted.first.incarnation,
+                found: end.tail.number,
+                known: wanted.known,
             });
         }
-        while let Some(closed) = tail.closed() {
+        while let Some(closed) = end.tail.closed() {
             let next = chain.of(closed.incarnation);
-            let after = next.tail().await?;
-            if after.number == 0 {
+            let after = next.end().await?;
+            if after.tail.number == 0 {
                 break;
             }
-            (chain, tail) = (next, after);
+            (chain, end) = (next, after);
         }
-        Ok(chain)
+        Ok((chain, end))
     }
 
     /// Plan, close, fetch, replay, verify, found; to an earlier moment: plan, fetch, replay, verify,
@@ -244,9 +242,9 @@ impl Run {
         withhold: impl Future<Output = Result<(), String>>,
     ) -> Result<Done, String> {
         let text = |e: RestoreError| e.to_string();
-        let current = self.current(wanted.first, wanted.archive_key, wanted.known);
-        let chain = current.await.map_err(text)?;
-        let mut plan = plan::at(&chain, wanted.point).await.map_err(text)?;
+        let (chain, end) = self.current(wanted).await.map_err(text)?;
+        let plan = plan::at(&chain, &end, wanted.point).await;
+        let mut plan = plan.map_err(text)?;
         let dir = self.scratch(chain.group());
         let (rebuilt, closing) = if plan.is_newest() {
             let closing = restore::close(&chain, plan.tail(), &self.id).await;
@@ -269,12 +267,13 @@ impl Run {
         failpoint("restore-closed");
         let came_to = (rebuilt.state.revision, rebuilt.state.time_ms);
         let base = restore::base(&plan, &rebuilt, &closing, now_ms());
-        let restored = rebuilt.finish(closing.group, &base).map_err(text)?;
+        let restored = rebuilt.finish(closing.group, &base, &self.founder());
+        let restored = restored.map_err(text)?;
         let next = chain.of(closing.group.incarnation);
-        let opened = restore::open_chain(&next, &restored, base, &self.id).await;
-        opened.map_err(text)?;
+        let begun = restore::open_chain(&next, &restored, base, &self.id).await;
+        let begun = begun.map_err(text)?;
         failpoint("restore-opened");
-        let group = self.found(&restored, wanted).await?;
+        let group = self.found(&restored, begun, wanted).await?;
         Ok(Done {
             group,
             restored,
@@ -308,7 +307,8 @@ impl Run {
             };
             tracing::error!(group = %chain.group(), error = %failed, "ALARM: a checkpoint cannot be used; an older one is looked for");
             unusable.extend(plan.first_manifest().cloned());
-            let older = plan::without(chain, wanted.point, &unusable).await;
+            let end = chain.end().await.map_err(|e| e.to_string())?;
+            let older = plan::without(chain, &end, wanted.point, &unusable).await;
             *plan = older.map_err(|e| format!("{failed}; without that checkpoint: {e}"))?;
         }
     }
@@ -348,30 +348,53 @@ impl Run {
         restore::replay(plan, wanted.keys.clone(), budget, dir, report)
     }
 
-    /// Forms the restored group, of this node alone.
-    async fn found(&self, restored: &Restored, wanted: &Wanted<'_>) -> Result<Arc<Group>, String> {
-        let parts = &self.node.parts;
-        let opened = parts
-            .open(
-                restored.group,
-                Ok(wanted.keys.clone()),
-                wanted.rpo,
-                wanted.archive_key.clone(),
-                self.node.report(),
-                wanted.majority,
-            )
-            .await?;
-        self.node.set_archive_key(wanted.archive_key.clone());
-        let snapshot = SnapshotDir {
-            path: restored.checkpoint.clone(),
-            state: restored.state.clone(),
-        };
-        let own = self.node.config.peer_address.to_string();
-        if let Err(e) = opened.found_from(snapshot, &own).await {
-            self.drop_group(&opened).await;
-            return Err(e.to_string());
+    fn founder(&self) -> Founder {
+        Founder {
+            node: self.node.id,
+            address: self.node.config.peer_address.to_string(),
         }
-        Ok(opened)
+    }
+
+    /// Forms the restored group, of this node alone; `begun` is how its chain ends. Nothing is left of one
+    /// that could not be formed.
+    async fn found(
+        &self,
+        restored: &Restored,
+        begun: Tail,
+        wanted: &Wanted<'_>,
+    ) -> Result<Arc<Group>, String> {
+        let (parts, id) = (&self.node.parts, restored.group);
+        if parts.keys.is_shredded(id.tenant) {
+            return Err("it was deleted, and its keys are destroyed here".into());
+        }
+        let dir = parts.replica_dir(id);
+        let founded = async {
+            let laid = self.founder().lay_down(&dir, &parts.log, restored).await;
+            laid.map_err(|e| e.to_string())?;
+            failpoint("restore-laid");
+            let opening = Opening {
+                id,
+                keys: Ok(wanted.keys.clone()),
+                rpo: wanted.rpo,
+                archive_key: wanted.archive_key.clone(),
+                report: self.node.report(),
+                min_voters: wanted.majority,
+                begun: Some(begun),
+            };
+            let opened = parts.open(opening).await?;
+            self.node.set_archive_key(wanted.archive_key.clone());
+            if let Err(e) = opened.lead_alone().await {
+                self.drop_group(&opened).await;
+                return Err(e.to_string());
+            }
+            Ok(opened)
+        };
+        let founded = founded.await;
+        if founded.is_err() {
+            parts.log.drop_group(id);
+            let _ = tokio::fs::remove_dir_all(&dir).await;
+        }
+        founded
     }
 
     /// Lets go of a group that was restored and is not recorded, unless it is after all: nobody would

@@ -26,8 +26,6 @@ use crate::tenant;
 
 /// How long a node may take to say whether it holds anything of a tenant.
 const SAY_WITHIN: Duration = Duration::from_secs(10);
-/// How long the enhanced tier has the machine to itself.
-const TIER_FIRST: Duration = Duration::from_secs(300);
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 
 /// What the tenants of a region are restored to.
@@ -48,7 +46,7 @@ impl Run {
             0 => self.asked_ms,
             given => given,
         };
-        self.restored(Aim { lost_at_ms, point }).await?;
+        self.lost_tenants(Aim { lost_at_ms, point }).await?;
         let point_ms = match point {
             Point::Time(ms) => Some(ms),
             Point::Newest | Point::Revision(_) => None,
@@ -57,7 +55,7 @@ impl Run {
         Ok(())
     }
 
-    async fn restored(self: &Arc<Self>, aim: Aim) -> Result<(), String> {
+    async fn lost_tenants(self: &Arc<Self>, aim: Aim) -> Result<(), String> {
         if matches!(aim.point, Point::Time(ms) if ms > self.asked_ms) {
             return Err("that moment has not come yet".into());
         }
@@ -159,7 +157,7 @@ impl Run {
         let links: Vec<LinkRecord> = links.into_iter().map(|found| found.record).collect();
         let at_once = Arc::new(Semaphore::new(limits::RESTORES));
         let mut running = JoinSet::new();
-        hold.tenants(tenants.iter().map(|t| &t.record));
+        hold.tenants(tenants.iter().map(|t| (t.record.tier, t.record.id)));
         let mut before = None;
         for tenant in tenants {
             let tier = tenant.record.tier;
@@ -167,7 +165,7 @@ impl Run {
                 // What is less urgent takes no share of the network and disk, but is not held up by one
                 // that hangs.
                 let all = async { while running.join_next().await.is_some() {} };
-                let _ = tokio::time::timeout(TIER_FIRST, all).await;
+                let _ = tokio::time::timeout(limits::TIER_FIRST, all).await;
             }
             // Taken here: tenants begin in the order of their deadlines.
             let Ok(permit) = at_once.clone().acquire_owned().await else {
@@ -176,9 +174,9 @@ impl Run {
             let (run, directory, key) = (self.clone(), directory.clone(), archive_key.clone());
             let link = links.iter().find(|l| l.tenant == tenant.record.id).cloned();
             running.spawn(async move {
-                let record = tenant.record.clone();
+                let id = tenant.record.id;
                 run.tenant(&directory, &key, link, tenant, aim).await;
-                run.node.joins.restored(&record);
+                run.node.joins.done(tier, id);
                 drop(permit);
             });
         }
