@@ -6,6 +6,7 @@ use kms::Region;
 use replication::restore::Plan;
 use serde::{Deserialize, Serialize};
 
+use super::pace::Step;
 use crate::directory::records::{TenantRecord, Tier};
 use crate::node::Node;
 use crate::tenant::key::now_ms;
@@ -17,6 +18,9 @@ pub struct Phase {
     pub name: String,
     pub from_ms: u64,
     pub to_ms: u64,
+    /// Of them, those in which it kept out of the way of live tenants.
+    #[serde(default)]
+    pub paused_ms: u64,
 }
 
 /// Keys of the restored state that were looked up in the live tenant at the same revision.
@@ -67,8 +71,7 @@ pub struct Evidence {
     pub rto_ms: u64,
     pub rto_contract_ms: u64,
     pub phases: Vec<Phase>,
-    /// How much longer fetching took than at the speed of its first part, which is not paced: live tenants
-    /// keep their network and disk. A restore has no pauses.
+    /// The pauses of all phases: a restore has none.
     #[serde(default)]
     pub paused_ms: u64,
     /// It could not begin.
@@ -138,13 +141,24 @@ impl Evidence {
         self.phase_at(name, Instant::now());
     }
 
-    pub(super) fn phase_at(&mut self, name: &str, at: Instant) {
+    fn phase_at(&mut self, name: &str, at: Instant) {
         let to_ms = ms(at.saturating_duration_since(self.clock.0));
         self.phases.push(Phase {
             name: name.into(),
             from_ms: self.phases.last().map_or(0, |before| before.to_ms),
             to_ms,
+            paused_ms: 0,
         });
+    }
+
+    /// A step that was paced, if it was come to.
+    pub(super) fn step(&mut self, name: &str, step: Step) {
+        let Some(ended) = step.ended else { return };
+        self.phase_at(name, ended);
+        if let Some(phase) = self.phases.last_mut() {
+            phase.paused_ms = ms(step.paused).min(phase.to_ms - phase.from_ms);
+            self.paused_ms += phase.paused_ms;
+        }
     }
 
     pub(super) fn end(&mut self, tried: Result<(), String>, took: Duration) {
@@ -174,19 +188,23 @@ impl Evidence {
         (self.problem, self.advice) = (problem, advice);
     }
 
-    /// Fetching was paced after `bytes`, which had taken `took`.
-    pub(super) fn paced(&mut self, bytes: u64, took: Duration) {
-        let all = self.checkpoint_bytes as f64 / bytes.max(1) as f64;
-        let unpaced = ms(took.mul_f64(all.max(1.0)));
-        self.paused_ms = match bytes {
-            0 => 0,
-            _ => self.took_ms("fetched").saturating_sub(unpaced),
-        };
-    }
-
-    /// How long a step took.
+    /// How long a step took, less its pauses.
     pub fn took_ms(&self, name: &str) -> u64 {
         let phase = self.phases.iter().find(|p| p.name == name);
-        phase.map_or(0, |p| p.to_ms - p.from_ms)
+        phase.map_or(0, |p| p.to_ms - p.from_ms - p.paused_ms)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Evidence is kept for years: what an earlier version wrote still reads.
+    #[test]
+    fn earlier_evidence_reads() {
+        let earlier = include_str!("../../golden/drill-evidence-v1.json");
+        let read: Evidence = serde_json::from_str(earlier).expect("it reads");
+        assert_eq!((read.rto_ms, read.paused_ms), (812, 0));
+        assert_eq!(read.took_ms("fetched"), 240);
     }
 }

@@ -4,10 +4,11 @@
 //! Invariants. Nothing of the tenant is changed, and nothing that lives on this node is used but its
 //! keys, which are let go of when it is sealed. A drill passes only if everything it read
 //! authenticates, the digest counted from every row is the chain's, and a sample of keys is what the
-//! live tenant says at the same revision. It runs when nothing else wants the core (`threads`), with memory and
-//! a rate of its own; a restore has no such rate, so the speed of the first part counts for the whole.
+//! live tenant says at the same revision. It runs when nothing else wants the core (`threads`), with memory of
+//! its own, and pauses (`pace`), which its figures are without.
 
 mod evidence;
+mod pace;
 mod page;
 mod schedule;
 mod threads;
@@ -37,6 +38,7 @@ use crate::tenant::rewriting::room;
 use crate::tenant::{self, DRILL};
 
 pub use evidence::{Evidence, Phase, Sample};
+use pace::Pace;
 pub use page::page;
 pub use schedule::{is_new_period, is_ours, keep};
 use threads::Threads;
@@ -213,33 +215,24 @@ impl Place {
         plan: &Plan,
         evidence: &mut Evidence,
     ) -> Result<Rebuilt, String> {
-        let began = Instant::now();
-        let fetched = Arc::new(Mutex::new(None));
-        let replayed = Arc::new(Mutex::new(None));
-        let (fetching, replaying) = (fetched.clone(), replayed.clone());
-        let measured = Arc::new(Mutex::new((0, Duration::ZERO)));
-        let measuring = measured.clone();
-        let (stop, told) = (self.stop.clone(), self.told.clone());
+        let pace = Arc::new(Mutex::new(Pace::new(Instant::now())));
+        let (pacing, stop, told) = (pace.clone(), self.stop.clone(), self.told.clone());
         let report = Arc::new(move |progress: Progress| {
+            let from = Instant::now();
+            let pause = pacing.lock().pause(&progress, from, threads::cpu_time);
+            // A tenant that is sealed meanwhile waits for its keys.
+            while from.elapsed() < pause && !stop.load(Ordering::Relaxed) {
+                std::thread::sleep(LOOK.min(pause.saturating_sub(from.elapsed())));
+            }
+            let now = Instant::now();
+            let slept = match pause.is_zero() {
+                true => Duration::ZERO,
+                false => now - from,
+            };
+            pacing.lock().paused(&progress, now, slept);
             match progress {
-                Progress::Fetched { bytes, total } => {
-                    let elapsed = began.elapsed();
-                    let mut measured = measuring.lock();
-                    if bytes <= limits::DRILL_MEASURED {
-                        *measured = (bytes, elapsed);
-                    } else {
-                        // A rate, so that the live tenants keep their disk and network.
-                        let paced = (bytes - measured.0) as f64 / limits::DRILL_RATE as f64;
-                        let due = measured.1 + Duration::from_secs_f64(paced);
-                        std::thread::sleep(due.saturating_sub(elapsed));
-                    }
-                    *fetching.lock() = Some(Instant::now());
-                    told("fetched", bytes, total);
-                }
-                Progress::Replayed { links, total } => {
-                    *replaying.lock() = Some(Instant::now());
-                    told("replayed", links, total);
-                }
+                Progress::Fetched { bytes, total } => told("fetched", bytes, total),
+                Progress::Replayed { links, total } => told("replayed", links, total),
                 Progress::Counting => {}
                 Progress::Verified => told("verified", 1, 1),
             }
@@ -248,15 +241,11 @@ impl Place {
         let budget = Budget::passing(limits::DRILL_BUFFERS, limits::DRILL_CACHE);
         let keys = self.keys.clone();
         let rebuilt = restore::rebuild(chain, plan, keys, budget, &self.dir, report).await;
-        for (name, at) in [("fetched", *fetched.lock()), ("replayed", *replayed.lock())] {
-            if let Some(at) = at {
-                evidence.phase_at(name, at);
-            }
-        }
-        let (bytes, took) = *measured.lock();
-        evidence.paced(bytes, took);
+        let pace = pace.lock();
+        evidence.step("fetched", pace.fetched());
+        evidence.step("replayed", pace.replayed());
         let rebuilt = rebuilt.map_err(text)?;
-        evidence.phase("verified");
+        evidence.step("verified", pace.verified());
         Ok(rebuilt)
     }
 
@@ -365,7 +354,7 @@ async fn keep_evidence(
         rpo_ms: evidence.rpo_ms,
         rto_ms: evidence.rto_ms,
         fetched_bytes: evidence.checkpoint_bytes,
-        fetched_in_ms: took("fetched").saturating_sub(evidence.paused_ms),
+        fetched_in_ms: took("fetched"),
         replayed_bytes: evidence.log_bytes,
         replayed_in_ms: took("replayed"),
         evidence: object,

@@ -34,7 +34,7 @@ fn escape(text: &str) -> String {
 
 fn timeline(evidence: &Evidence) -> String {
     let end = evidence.phases.last().map_or(1, |p| p.to_ms.max(1)) as f64;
-    let scale = (WIDTH - LABEL - 80.0) / end;
+    let scale = (WIDTH - LABEL - 200.0) / end;
     let height = evidence.phases.len() * ROW + 10;
     let mut out = format!(
         "<svg role=\"img\" aria-label=\"timeline\" width=\"{WIDTH}\" height=\"{height}\" viewBox=\"0 0 {WIDTH} {height}\">"
@@ -42,16 +42,20 @@ fn timeline(evidence: &Evidence) -> String {
     for (n, phase) in evidence.phases.iter().enumerate() {
         let y = n * ROW;
         let from = LABEL + phase.from_ms as f64 * scale;
-        let width = ((phase.to_ms - phase.from_ms) as f64 * scale).max(2.0);
+        let took = phase.to_ms - phase.from_ms;
+        let width = (took as f64 * scale).max(2.0);
+        let pauses = match phase.paused_ms {
+            0 => String::new(),
+            paused => format!(" ({paused} paused)"),
+        };
         let _ = write!(
             out,
-            "<text x=\"0\" y=\"{}\">{}</text><rect x=\"{from:.1}\" y=\"{}\" width=\"{width:.1}\" height=\"16\" rx=\"2\" fill=\"#3a6ea5\"/><text x=\"{:.1}\" y=\"{}\">{} ms</text>",
+            "<text x=\"0\" y=\"{}\">{}</text><rect x=\"{from:.1}\" y=\"{}\" width=\"{width:.1}\" height=\"16\" rx=\"2\" fill=\"#3a6ea5\"/><text x=\"{:.1}\" y=\"{}\">{took} ms{pauses}</text>",
             y + 18,
             escape(&phase.name),
             y + 5,
             from + width + 6.0,
             y + 18,
-            phase.to_ms - phase.from_ms,
         );
     }
     out.push_str("</svg>");
