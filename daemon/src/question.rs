@@ -45,7 +45,7 @@ pub(crate) enum Question {
     Forget(TenantId, u32),
     /// If you lead this group, take a member out whose replica is damaged.
     RemoveMember(GroupId, u64),
-    /// If you lead the tenant, upload a checkpoint; whether you do.
+    /// If you lead the tenant, or the directory, upload a checkpoint; whether you do.
     Checkpoint(TenantId),
 }
 

@@ -3,18 +3,19 @@
 //!
 //! A damaged checkpoint is retired first, so that its files are not referred to again, and then another
 //! one made: until that is there a restore replays more. A damaged link stays: the moments that it
-//! leads to are lost, and said to be. The directory is read back by the node that leads it, as far as its newest
-//! state needs.
+//! leads to are lost, and said to be. The directory is read back by the node that leads it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use kms::TenantId;
 use replication::archive::bucket::Bootstrap;
 use replication::archive::chain::Chain;
 use replication::archive::holds;
 use replication::archive::lock::Locks;
 use replication::archive::scrub::{self, Scope, Scrubbed};
+use replication::archive::survey::Kept;
 use tokio::time::Instant;
 
 use crate::directory::Directory;
@@ -22,7 +23,7 @@ use crate::directory::records::{EventKind, ScrubRecord, TenantRecord};
 use crate::drill;
 use crate::limits;
 use crate::node::Node;
-use crate::retention::refusal;
+use crate::retention::{keep_directory, refusal};
 use crate::tenant::key::now_ms;
 
 const LOOK: Duration = Duration::from_secs(10);
@@ -33,13 +34,25 @@ fn text(e: impl std::fmt::Display) -> String {
     e.to_string()
 }
 
+/// Why a tenant is not scrubbed now. In the grace of its deletion it is: it may be brought back, and its locks
+/// must not lapse.
+fn not_now(record: &TenantRecord) -> Option<String> {
+    match record.is_destroying() || record.is_due() {
+        true => record.deleted(),
+        false => refusal(&TenantRecord {
+            deletion: None,
+            ..record.clone()
+        }),
+    }
+}
+
 impl Node {
     /// Reads everything back, and heals what can be: the newest state can be restored then.
     pub async fn scrub(&self, record: &TenantRecord) -> Result<Scrubbed, String> {
         let Ok(_one) = self.scrubbing.try_acquire() else {
             return Err("a scrub is under way on this node: try again once it is done".into());
         };
-        if let Some(why) = refusal(record) {
+        if let Some(why) = not_now(record) {
             return Err(format!("tenant {} is not scrubbed: {why}", record.name));
         }
         let chain = self.chain(record)?;
@@ -67,39 +80,27 @@ impl Node {
         }
         if !scrubbed.damages.is_empty() {
             let healed = self.heal(record, &scrubbed).await;
-            healed.map_err(|why| {
-                let damages: Vec<String> = scrubbed.damages.iter().map(text).collect();
-                format!("{}; it is not healed yet: {why}", damages.join("; "))
-            })?;
+            healed.map_err(|why| unhealed(&scrubbed, &why))?;
         }
-        let done = ScrubRecord {
-            tenant: record.id,
-            at_ms: now_ms(),
-            objects: scrubbed.objects,
-            bytes: scrubbed.bytes,
-            damages: scrubbed.damages.len() as u64,
-        };
-        directory.put_scrub(&done).await.map_err(text)?;
+        self.scrubbed(&directory, record.id, &scrubbed).await?;
         Ok(scrubbed)
     }
 
-    /// Reads back what a restore of the directory needs, which is its newest state; what is damaged is an
-    /// alarm, and a new checkpoint is made.
-    async fn scrub_directory(&self, directory: &Directory) -> Result<(), String> {
-        let group = directory.group();
-        let key = self
-            .archive_key()
-            .ok_or("the archive key is not known yet")?;
-        let bucket = self.parts.bucket.clone();
-        let chain = Chain::new(bucket, key, group.id());
+    /// As `scrub`, of the directory, and the object that a restore of the region begins with.
+    pub async fn scrub_directory(&self, directory: &Directory) -> Result<Scrubbed, String> {
+        let Ok(_one) = self.scrubbing.try_acquire() else {
+            return Err("a scrub is under way on this node: try again once it is done".into());
+        };
+        let chain = self.directory_chain(directory)?;
         let locks = Locks::of(&self.config.bucket);
         let scope = Scope {
             rate: limits::SCRUB_RATE,
             locks: locks.as_ref(),
-            since_ms: 0,
+            since_ms: now_ms().saturating_sub(keep_directory().as_millis() as u64),
             go_on: &|| !self.is_restoring(),
         };
-        let scrubbed = scrub::scrub_newest(&chain, &scope).await.map_err(text)?;
+        let known = self.newest_directory_link(chain.group());
+        let scrubbed = scrub::scrub(&chain, known, &scope).await.map_err(text)?;
         let mut scrubbed = scrubbed.ok_or("it was stopped by a restore")?;
         if let Some(locks) = &locks {
             let bootstrap = Bootstrap::path();
@@ -114,11 +115,28 @@ impl Node {
             self.event_of("directory", EventKind::ArchiveDamaged, damage.to_string());
         }
         if !scrubbed.damages.is_empty() {
-            scrub::retire(&chain, &scrubbed).await.map_err(text)?;
-            group.want_checkpoint();
+            let healed = async {
+                scrub::retire(&chain, &scrubbed).await.map_err(text)?;
+                let made = self.directory_checkpoint(directory).await?;
+                is_whole(&chain, &made).await
+            };
+            let said = healed.await.map_err(|why| unhealed(&scrubbed, &why))?;
+            self.event_of("directory", EventKind::ArchiveHealed, said);
         }
+        self.scrubbed(directory, chain.group().tenant, &scrubbed)
+            .await?;
+        Ok(scrubbed)
+    }
+
+    /// Records that an archive was scrubbed.
+    async fn scrubbed(
+        &self,
+        directory: &Directory,
+        tenant: TenantId,
+        scrubbed: &Scrubbed,
+    ) -> Result<(), String> {
         let done = ScrubRecord {
-            tenant: group.id().tenant,
+            tenant,
             at_ms: now_ms(),
             objects: scrubbed.objects,
             bytes: scrubbed.bytes,
@@ -129,22 +147,34 @@ impl Node {
 
     /// Has the archive begin anew from the live replicas.
     async fn heal(&self, record: &TenantRecord, scrubbed: &Scrubbed) -> Result<(), String> {
+        if let Some(why) = record.deleted() {
+            return Err(why);
+        }
         let chain = self.chain(record)?;
         let retired = scrub::retire(&chain, scrubbed).await;
         retired.map_err(text)?;
         let made = self.checkpoint(record).await?;
-        let wrong = scrub::check(&chain, &made.manifest).await.map_err(text)?;
-        if let Some(why) = wrong {
-            return Err(format!("the new checkpoint is damaged too: {why}"));
-        }
-        let said = format!(
-            "a new checkpoint at revision {} is in the bucket and whole: every moment from it on can be restored",
-            made.manifest.revision
-        );
+        let said = is_whole(&chain, &made).await?;
         tracing::info!(tenant = %record.id, "{said}");
         self.event(record, EventKind::ArchiveHealed, said);
         Ok(())
     }
+}
+
+/// Reads a new checkpoint back; answers what that means.
+async fn is_whole(chain: &Chain, made: &Kept) -> Result<String, String> {
+    match scrub::check(chain, &made.manifest).await.map_err(text)? {
+        Some(why) => Err(format!("the new checkpoint is damaged too: {why}")),
+        None => Ok(format!(
+            "a new checkpoint at revision {} is in the bucket and whole: every moment from it on can be restored",
+            made.manifest.revision
+        )),
+    }
+}
+
+fn unhealed(scrubbed: &Scrubbed, why: &str) -> String {
+    let damages: Vec<String> = scrubbed.damages.iter().map(text).collect();
+    format!("{}; it is not healed yet: {why}", damages.join("; "))
 }
 
 /// Says which locks the store refuses to renew.
@@ -188,7 +218,7 @@ pub async fn keep(node: Arc<Node>) {
             // The first one a while after the tenant was made, or its key.
             let last_ms = last.map_or(record.rotated_ms, |s| s.record.at_ms);
             let held_up = not_before.get(&record.id);
-            if refusal(&record).is_some()
+            if not_now(&record).is_some()
                 || held_up.is_some_and(|at| Instant::now() < *at)
                 || !drill::is_new_period(record.id, every_ms, last_ms, now_ms())
                 || !drill::is_ours(&node, &record)

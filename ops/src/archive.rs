@@ -1,4 +1,5 @@
-//! `holdfast archive`: what of a tenant's history is in the bucket, as a picture; what goes, what is held.
+//! `holdfast archive`: what of a tenant's history, or the directory's, is in the bucket, as a picture; what goes,
+//! what is held.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -27,8 +28,11 @@ pub async fn run(config: &Path, command: ArchiveCommand) -> Result<ExitCode, Str
             let archive = client.list_archive(request).await.map_err(said)?;
             print!("{}", draw(&tenant, &archive.into_inner()));
         }
-        ArchiveCommand::Checkpoint { tenant } => {
-            let request = MakeCheckpointRequest { name: tenant };
+        ArchiveCommand::Checkpoint(whose) => {
+            let request = MakeCheckpointRequest {
+                directory: whose.directory,
+                name: whose.tenant.unwrap_or_default(),
+            };
             let made = client.make_checkpoint(request).await.map_err(said)?;
             let made = made.into_inner();
             println!(
@@ -38,9 +42,11 @@ pub async fn run(config: &Path, command: ArchiveCommand) -> Result<ExitCode, Str
                 bytes(made.bytes)
             );
         }
-        ArchiveCommand::Scrub { tenant } => {
+        ArchiveCommand::Scrub(whose) => {
+            let read = whose.tenant.as_deref().unwrap_or("the directory");
             let request = ScrubArchiveRequest {
-                name: tenant.clone(),
+                directory: whose.directory,
+                name: whose.tenant.clone().unwrap_or_default(),
             };
             let found = client.scrub_archive(request).await.map_err(said)?;
             let found = found.into_inner();
@@ -48,7 +54,7 @@ pub async fn run(config: &Path, command: ArchiveCommand) -> Result<ExitCode, Str
                 println!("{damage}");
             }
             println!(
-                "{} objects of {tenant} were read back, {}; {} are damaged or missing.",
+                "{} objects of {read} were read back, {}; {} are damaged or missing.",
                 found.objects,
                 bytes(found.bytes),
                 found.damages.len()
@@ -57,9 +63,10 @@ pub async fn run(config: &Path, command: ArchiveCommand) -> Result<ExitCode, Str
                 println!("A new checkpoint was made, and is whole.");
             }
         }
-        ArchiveCommand::Sweep { tenant, dry_run } => {
+        ArchiveCommand::Sweep { whose, dry_run } => {
             let request = SweepArchiveRequest {
-                name: tenant,
+                directory: whose.directory,
+                name: whose.tenant.unwrap_or_default(),
                 dry_run,
             };
             let swept = client.sweep_archive(request).await.map_err(said)?;

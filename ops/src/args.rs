@@ -54,7 +54,7 @@ pub enum Command {
         #[command(subcommand)]
         command: CertificateCommand,
     },
-    /// What of a tenant's history is in the bucket.
+    /// What of a tenant's history, or the directory's, is in the bucket.
     Archive {
         #[command(subcommand)]
         command: ArchiveCommand,
@@ -177,18 +177,29 @@ pub struct Set {
     pub keep_checkpoints: Option<u32>,
 }
 
+/// Whose archive.
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+pub struct Whose {
+    pub tenant: Option<String>,
+    /// The region's directory, in a tenant's place.
+    #[arg(long)]
+    pub directory: bool,
+}
+
 #[derive(Subcommand)]
 pub enum ArchiveCommand {
     /// Draws the chains and checkpoints of a tenant, and says what can be restored.
     Ls { tenant: String },
-    /// Uploads a checkpoint of the tenant's present state, before something that may go wrong.
-    Checkpoint { tenant: String },
+    /// Uploads a checkpoint of the present state, before something that may go wrong.
+    Checkpoint(Whose),
     /// Reads everything back and authenticates it, as nodes do by themselves each week; what is damaged
     /// is named, and healed from the live replicas.
-    Scrub { tenant: String },
-    /// Deletes what the tenant's window does not need, as its leader does by itself each hour.
+    Scrub(Whose),
+    /// Deletes what the window does not need, as the leader does by itself each hour.
     Sweep {
-        tenant: String,
+        #[command(flatten)]
+        whose: Whose,
         /// Only lists what would go.
         #[arg(long)]
         dry_run: bool,

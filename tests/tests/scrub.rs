@@ -88,6 +88,12 @@ async fn damage_is_found_named_and_healed() -> Result<()> {
         "{events}"
     );
 
+    // In the grace of its deletion too: it may be brought back.
+    region.operate(&["tenant", "delete", "acme"]).await?;
+    let said = scrub(&region).await?;
+    ensure!(said.contains("; 0 are damaged or missing"), "{said}");
+    region.operate(&["tenant", "undelete", "acme"]).await?;
+
     // The first link: what it leads to is lost, and said to be; the newest state is not.
     let mut links = objects(&region, &below("0000000001/chain/"));
     links.sort();

@@ -1,4 +1,4 @@
-//! What operators ask about a tenant's history: what is kept, what goes, what is held.
+//! What operators ask about a tenant's history, or the directory's: what is kept, what goes, what is held.
 
 use replication::archive::chain::Chain;
 use replication::archive::holds::{self, Hold, What};
@@ -6,10 +6,12 @@ use replication::archive::survey::{Kept, Survey, survey};
 use tonic::Status;
 
 use super::AdminService;
+use crate::directory::Directory;
 use crate::directory::records::{EventKind, TenantRecord};
 use crate::proto::admin::{
     Archive, ArchiveChain, ArchiveCheckpoint, Hold as HoldMessage, HoldArchiveRequest,
-    ReleaseArchiveRequest, ScrubArchiveResponse, SweepArchiveRequest, SweepArchiveResponse,
+    MakeCheckpointRequest, ReleaseArchiveRequest, ScrubArchiveRequest, ScrubArchiveResponse,
+    SweepArchiveRequest, SweepArchiveResponse,
 };
 use crate::tenant::key::now_ms;
 
@@ -75,12 +77,32 @@ impl AdminService {
         })
     }
 
+    /// The directory, if that is asked for and no tenant.
+    fn asked(&self, directory: bool, name: &str) -> Result<Option<Directory>, Status> {
+        match (directory, name) {
+            (false, _) => Ok(None),
+            (true, "") => {
+                let directory = self.0.directory();
+                let directory = directory.ok_or_else(|| unavailable("there is no directory yet"));
+                directory.map(Some)
+            }
+            (true, _) => Err(Status::invalid_argument(
+                "name a tenant or the directory, not both",
+            )),
+        }
+    }
+
     pub(super) async fn sweep(
         &self,
         request: SweepArchiveRequest,
     ) -> Result<SweepArchiveResponse, Status> {
-        let record = self.record(&request.name).await?.record;
-        let swept = self.0.sweep(&record, request.dry_run).await;
+        let swept = match self.asked(request.directory, &request.name)? {
+            Some(directory) => self.0.sweep_directory(&directory, request.dry_run).await,
+            None => {
+                let record = self.record(&request.name).await?.record;
+                self.0.sweep(&record, request.dry_run).await
+            }
+        };
         let (sweep, locked) = swept.map_err(Status::failed_precondition)?;
         let unfinished = sweep.unfinished.into_iter().map(|upload| upload.object);
         Ok(SweepArchiveResponse {
@@ -96,15 +118,31 @@ impl AdminService {
         })
     }
 
-    pub(super) async fn checkpoint(&self, name: &str) -> Result<ArchiveCheckpoint, Status> {
-        let record = self.record(name).await?.record;
-        let made = self.0.checkpoint(&record).await.map_err(unavailable)?;
-        Ok(checkpoint(&made))
+    pub(super) async fn checkpoint(
+        &self,
+        request: MakeCheckpointRequest,
+    ) -> Result<ArchiveCheckpoint, Status> {
+        let made = match self.asked(request.directory, &request.name)? {
+            Some(directory) => self.0.directory_checkpoint(&directory).await,
+            None => {
+                let record = self.record(&request.name).await?.record;
+                self.0.checkpoint(&record).await
+            }
+        };
+        Ok(checkpoint(&made.map_err(unavailable)?))
     }
 
-    pub(super) async fn scrub(&self, name: &str) -> Result<ScrubArchiveResponse, Status> {
-        let record = self.record(name).await?.record;
-        let scrubbed = self.0.scrub(&record).await;
+    pub(super) async fn scrub(
+        &self,
+        request: ScrubArchiveRequest,
+    ) -> Result<ScrubArchiveResponse, Status> {
+        let scrubbed = match self.asked(request.directory, &request.name)? {
+            Some(directory) => self.0.scrub_directory(&directory).await,
+            None => {
+                let record = self.record(&request.name).await?.record;
+                self.0.scrub(&record).await
+            }
+        };
         let scrubbed = scrubbed.map_err(Status::failed_precondition)?;
         Ok(ScrubArchiveResponse {
             objects: scrubbed.objects,

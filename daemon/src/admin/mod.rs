@@ -302,8 +302,7 @@ impl Admin for AdminService {
         request: Request<ScrubArchiveRequest>,
     ) -> Result<Response<ScrubArchiveResponse>, Status> {
         self.operator(&request)?;
-        let name = &request.get_ref().name;
-        self.scrub(name).await.map(Response::new)
+        self.scrub(request.into_inner()).await.map(Response::new)
     }
 
     async fn make_checkpoint(
@@ -311,8 +310,8 @@ impl Admin for AdminService {
         request: Request<MakeCheckpointRequest>,
     ) -> Result<Response<ArchiveCheckpoint>, Status> {
         self.operator(&request)?;
-        let name = &request.get_ref().name;
-        self.checkpoint(name).await.map(Response::new)
+        let made = self.checkpoint(request.into_inner()).await;
+        made.map(Response::new)
     }
 
     async fn hold_archive(

@@ -101,38 +101,6 @@ pub async fn scrub(
     Ok((scope.go_on)().then_some(reading.scrubbed))
 }
 
-/// Reads what the newest state of a group needs: the newest checkpoint that is whole, or all links. Of the
-/// directory nothing else is of use.
-pub async fn scrub_newest(
-    chain: &Chain,
-    scope: &Scope<'_>,
-) -> Result<Option<Scrubbed>, ChainError> {
-    let mut reading = Reading::of(scope, chain.group().incarnation);
-    let mut whole = BTreeMap::new();
-    for object in checkpoint::list(chain.bucket(), chain.group()).await? {
-        match reading.manifest(chain, &object).await? {
-            Ok(time_ms) => {
-                whole.insert(checkpoint::link_of(&object).unwrap_or(0), time_ms);
-                reading.renew(chain, &object).await?;
-                break;
-            }
-            Err(what) => {
-                reading.scrubbed.unusable.push(object.to_string());
-                reading.scrubbed.damages.push(Damage {
-                    object: object.to_string(),
-                    what,
-                    lost: None,
-                });
-            }
-        }
-    }
-    let from = whole.keys().next().copied().unwrap_or(0);
-    let numbers = chain.numbers(from.saturating_sub(1)).await?;
-    let last = numbers.last().copied().unwrap_or(from);
-    reading.links(chain, from.max(1), last, &whole).await?;
-    Ok((scope.go_on)().then_some(reading.scrubbed))
-}
-
 /// Reads every file of one checkpoint; why it cannot be restored, if so.
 pub async fn check(chain: &Chain, manifest: &Manifest) -> Result<Option<String>, ChainError> {
     for file in &manifest.files {
@@ -313,6 +281,8 @@ impl<'a> Reading<'a> {
             Err(e) => return Err(e),
         };
         self.pace(0).await;
+        let mut why = None;
+        // All of them: the next checkpoint must not refer to any that is damaged.
         for file in &manifest.files {
             let found = match self.files.get(&file.hash) {
                 Some(found) => found.clone(),
@@ -328,14 +298,12 @@ impl<'a> Reading<'a> {
                     found
                 }
             };
-            if let Some(why) = found {
-                return Ok(Err(why));
-            }
+            why = why.or(found);
             if !(self.scope.go_on)() {
                 break;
             }
         }
-        Ok(Ok(manifest.time_ms))
+        Ok(why.map_or(Ok(manifest.time_ms), Err))
     }
 
     async fn links(
