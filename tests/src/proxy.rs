@@ -20,6 +20,8 @@ pub enum Mode {
     Delay(u64),
     /// The connection is reset once this many bytes of a request have gone on.
     CutAfter(usize),
+    /// The connection is reset once this many bytes of an answer have gone on.
+    CutAnswers(usize),
 }
 
 pub struct Proxy {
@@ -78,7 +80,7 @@ async fn serve(
 ) -> std::io::Result<()> {
     let mut server = TcpStream::connect(upstream).await?;
     let (mut up, mut down) = (vec![0u8; 64 << 10], vec![0u8; 64 << 10]);
-    let (mut is_put, mut sent) = (false, 0);
+    let (mut is_put, mut sent, mut answered) = (false, 0, 0);
     loop {
         tokio::select! {
             read = client.read(&mut up) => {
@@ -92,7 +94,7 @@ async fn serve(
                     || bytes.starts_with(b"DELETE ")
                 {
                     is_put = bytes.starts_with(b"PUT ");
-                    sent = 0;
+                    (sent, answered) = (0, 0);
                 }
                 let now = *mode.lock();
                 sent += bytes.len();
@@ -124,6 +126,13 @@ async fn serve(
                 if is_put && *mode.lock() == Mode::LoseAnswers
                     && harmed.fetch_add(1, Ordering::SeqCst).is_multiple_of(2)
                 {
+                    return Ok(());
+                }
+                answered += bytes.len();
+                if let Mode::CutAnswers(limit) = *mode.lock()
+                    && answered > limit
+                {
+                    harmed.fetch_add(1, Ordering::SeqCst);
                     return Ok(());
                 }
                 client.write_all(bytes).await?;

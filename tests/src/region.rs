@@ -492,6 +492,13 @@ impl Region {
         Ok(said)
     }
 
+    /// Has retention leave little more of a tenant than its newest checkpoint.
+    pub async fn keep_little(&self, tenant: &str) -> Result<()> {
+        let window = ["--keep", "1s", "--keep-checkpoints", "1"];
+        let set = [&["tenant", "set", tenant], &window[..]].concat();
+        self.operate(&set).await.map(drop)
+    }
+
     /// Has `holdfast` verify a signed statement; answers whether it holds, and what it printed.
     pub async fn verify(&self, signed: &str) -> Result<(bool, String)> {
         let path = |name: &str| self.dir.path().join(name).display().to_string();

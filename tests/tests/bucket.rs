@@ -7,6 +7,7 @@ use etcd_client::Client;
 use holdfast_tests::proxy::{Mode, Proxy};
 use holdfast_tests::region::{Region, files_below};
 use holdfast_tests::servers::{self, Server};
+use rand::Rng;
 use replication::archive::bucket::BucketConfig;
 
 /// A region with MinIO behind a proxy.
@@ -116,6 +117,38 @@ async fn lost_answers_do_no_harm() -> Result<()> {
     ensure!(proxy.harmed() > 20, "{} answers were met", proxy.harmed());
     proxy.set(Mode::Pass);
     restores_all(region, 200).await
+}
+
+/// Connections break in the middle of a file that a restore fetches: it goes on from there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_goes_on_where_connections_broke() -> Result<()> {
+    const VALUES: usize = 24;
+    let (_minio, proxy, mut region) = behind_a_proxy(200).await?;
+    let mut client = region.client("acme").await?;
+    let mut written = Vec::new();
+    for n in 0..VALUES {
+        let mut value = vec![0u8; 1 << 20];
+        rand::rng().fill(&mut value[..]);
+        client
+            .put(format!("key/{n}"), value.as_slice(), None)
+            .await?;
+        written.push(value);
+    }
+    region.archived("acme").await?;
+    region.operate(&["archive", "checkpoint", "acme"]).await?;
+    let before = proxy.harmed();
+    proxy.set(Mode::CutAnswers(5 << 20));
+    let (ok, table) = region.lose_and_restore().await?;
+    ensure!(ok, "{table}");
+    let broken = proxy.harmed() - before;
+    println!("{broken} connections were broken");
+    ensure!(broken > 3, "{broken} connections were broken");
+    let mut client = region.client_at("acme", &[0]).await?;
+    for (n, value) in written.iter().enumerate() {
+        let got = client.get(format!("key/{n}"), None).await?;
+        ensure!(got.kvs().first().is_some_and(|kv| kv.value() == value));
+    }
+    Ok(())
 }
 
 /// An old leader's late upload: it is stopped with entries that no link covers, another leader goes

@@ -155,16 +155,7 @@ async fn a_locked_archive_outlives_whoever_deletes_it() -> Result<()> {
     }
 
     // What leaves the window stays as long as its lock does, and is in nobody's way.
-    let short = [
-        "tenant",
-        "set",
-        "acme",
-        "--keep",
-        "1s",
-        "--keep-checkpoints",
-        "1",
-    ];
-    region.operate(&short).await?;
+    region.keep_little("acme").await?;
     write(&region, 1).await?;
     tokio::time::sleep(Duration::from_secs(3)).await;
     let said = region.operate(&["archive", "sweep", "acme"]).await?;

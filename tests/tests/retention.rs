@@ -97,16 +97,7 @@ async fn the_window_restores_and_the_rest_goes() -> Result<()> {
     // Nothing goes inside the window, and a dry run deletes nothing.
     let said = region.operate(&["archive", "sweep", "acme"]).await?;
     ensure!(said.contains("0 checkpoints, 0 links, 0 files"), "{said}");
-    let short = [
-        "tenant",
-        "set",
-        "acme",
-        "--keep",
-        "1s",
-        "--keep-checkpoints",
-        "1",
-    ];
-    region.operate(&short).await?;
+    region.keep_little("acme").await?;
     // The newest checkpoint is older than the window then.
     tokio::time::sleep(Duration::from_secs(2)).await;
     let dry = ["archive", "sweep", "acme", "--dry-run"];

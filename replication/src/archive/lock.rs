@@ -11,9 +11,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::{ByteStream, DateTime};
-use aws_sdk_s3::types::{
-    CompletedMultipartUpload, CompletedPart, ObjectLockMode, ObjectLockRetentionMode,
-};
+use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart, ObjectLockMode};
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use object_store::path::Path;
@@ -28,7 +26,7 @@ use time::OffsetDateTime;
 use tokio::sync::OnceCell;
 
 use super::bucket::{Bootstrap, BucketConfig};
-use super::s3::{self, S3};
+use super::s3::{self, BucketLock, S3};
 
 /// Two periods of the scrub, which renews locks.
 pub const MIN_DAYS: u32 = 14;
@@ -199,12 +197,8 @@ impl Locks {
         if self.ends(s3, object).await?.is_none_or(|ends| ends > soon) {
             return Ok(None);
         }
-        let mode = match self.lock.mode {
-            Mode::Governance => ObjectLockRetentionMode::Governance,
-            Mode::Compliance => ObjectLockRetentionMode::Compliance,
-        };
         let retention = aws_sdk_s3::types::ObjectLockRetention::builder()
-            .mode(mode)
+            .mode(self.lock.mode().as_str().into())
             .retain_until_date(self.lock.until());
         let renewed = s3
             .uploads
@@ -418,20 +412,19 @@ pub async fn check(config: &BucketConfig) -> std::result::Result<(), String> {
         None if config.object_lock.is_none() => return Ok(()),
         None => return Err("a directory has no Object Lock: remove bucket.object_lock".into()),
     };
-    let told = s3.lock_configuration().await;
     let url = &config.url;
-    match (told, &config.object_lock) {
-        (Ok(Some(days)), _) => Err(format!(
-            "bucket {url} locks every object by itself (a default retention of {days}): wrapped keys could not be destroyed in it; remove its default retention and set bucket.object_lock in node.toml"
+    match (s3.bucket_lock().await, &config.object_lock) {
+        (BucketLock::ByItself(time), _) => Err(format!(
+            "bucket {url} locks every object by itself (a default retention of {time}): wrapped keys could not be destroyed in it; remove its default retention and set bucket.object_lock in node.toml"
         )),
-        (Err(true), Some(_)) => Err(format!(
+        (BucketLock::Absent, Some(_)) => Err(format!(
             "bucket {url} has no Object Lock: enable it (with versions), or remove bucket.object_lock from node.toml"
         )),
-        (Err(false), Some(_)) => {
+        (BucketLock::NotSaid, Some(_)) => {
             tracing::warn!(bucket = %url, "the store does not say yet whether the bucket has an Object Lock");
             Ok(())
         }
-        (Ok(None) | Err(_), _) => Ok(()),
+        (BucketLock::Enabled, _) | (_, None) => Ok(()),
     }
 }
 

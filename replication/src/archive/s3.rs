@@ -64,29 +64,38 @@ pub(super) struct S3 {
     root: String,
 }
 
+/// What a store says of a bucket's Object Lock.
+pub(super) enum BucketLock {
+    Absent,
+    Enabled,
+    /// It locks every object, for so long.
+    ByItself(String),
+    NotSaid,
+}
+
 impl S3 {
     /// The store's name for an object.
     pub(super) fn key(&self, object: &Path) -> String {
         format!("{}{object}", self.root)
     }
 
-    /// The bucket's default retention, if it has an Object Lock and that; otherwise whether the store says
-    /// that it has none, or does not say.
-    pub(super) async fn lock_configuration(&self) -> Result<Option<String>, bool> {
+    pub(super) async fn bucket_lock(&self) -> BucketLock {
         let asked = self.client.get_object_lock_configuration();
         match asked.bucket(&self.bucket).send().await {
             Ok(told) => {
                 let rule = told.object_lock_configuration().and_then(|c| c.rule());
-                let kept = rule.and_then(|rule| rule.default_retention());
-                Ok(kept.map(|kept| match (kept.days(), kept.years()) {
-                    (_, Some(years)) => format!("{years} years"),
-                    (days, None) => format!("{} days", days.unwrap_or(0)),
-                }))
+                match rule.and_then(|rule| rule.default_retention()) {
+                    Some(kept) => BucketLock::ByItself(match (kept.days(), kept.years()) {
+                        (_, Some(years)) => format!("{years} years"),
+                        (days, None) => format!("{} days", days.unwrap_or(0)),
+                    }),
+                    None => BucketLock::Enabled,
+                }
             }
-            Err(e) => {
-                let code = e.as_service_error().and_then(|e| e.meta().code());
-                Err(code == Some("ObjectLockConfigurationNotFoundError"))
-            }
+            Err(e) => match e.as_service_error().and_then(|e| e.meta().code()) {
+                Some("ObjectLockConfigurationNotFoundError") => BucketLock::Absent,
+                _ => BucketLock::NotSaid,
+            },
         }
     }
 }
