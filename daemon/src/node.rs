@@ -285,13 +285,12 @@ impl Node {
         let keys = Arc::new(keys.map_err(text)?);
         let archive_key = keys.archive_key();
         self.set_archive_key(archive_key.clone());
-        let newest = self.directory_link.clone();
         let opening = Opening {
             id,
             keys: Ok(keys),
             rpo: Duration::ZERO,
             archive_key,
-            report: Arc::new(move |group, tail| *newest.lock() = Some((group, tail.number))),
+            report: self.directory_report(),
             // One is enough: a change is answered once it is in the bucket.
             min_voters: 1,
             begun: None,
@@ -302,6 +301,12 @@ impl Node {
             true => format!("{why}, of the directory: remove the node's data directory, so that it comes back as a new node"),
             false => why,
         })
+    }
+
+    /// What the directory's archiver tells of each link.
+    pub fn directory_report(&self) -> Report {
+        let newest = self.directory_link.clone();
+        Arc::new(move |group, tail| *newest.lock() = Some((group, tail.number)))
     }
 
     /// The newest link of the directory's chain that this node has made, 0 if none.

@@ -68,6 +68,7 @@ impl Node {
             rate: limits::SCRUB_RATE,
             locks: locks.as_ref(),
             since_ms: window.min(held.unwrap_or(u64::MAX)),
+            checkpoints: None,
             go_on: &go_on,
         };
         let scrubbed = scrub::scrub(&chain, known, &scope).await.map_err(text)?;
@@ -78,12 +79,17 @@ impl Node {
             tracing::error!(tenant = %record.id, %damage, "ALARM: the archive is damaged");
             self.event(record, EventKind::ArchiveDamaged, damage.to_string());
         }
-        if !scrubbed.damages.is_empty() {
+        let deleted = record.deleted();
+        if !scrubbed.damages.is_empty() && deleted.is_none() {
             let healed = self.heal(record, &scrubbed).await;
             healed.map_err(|why| unhealed(&scrubbed, &why))?;
         }
         self.scrubbed(&directory, record.id, &scrubbed).await?;
-        Ok(scrubbed)
+        match deleted.filter(|_| !scrubbed.damages.is_empty()) {
+            // Should it be brought back, the next scrub heals it.
+            Some(why) => Err(unhealed(&scrubbed, &why)),
+            None => Ok(scrubbed),
+        }
     }
 
     /// As `scrub`, of the directory, and the object that a restore of the region begins with.
@@ -97,6 +103,7 @@ impl Node {
             rate: limits::SCRUB_RATE,
             locks: locks.as_ref(),
             since_ms: now_ms().saturating_sub(keep_directory().as_millis() as u64),
+            checkpoints: Some(limits::KEEP_CHECKPOINTS as usize),
             go_on: &|| !self.is_restoring(),
         };
         let known = self.newest_directory_link(chain.group());
@@ -147,9 +154,6 @@ impl Node {
 
     /// Has the archive begin anew from the live replicas.
     async fn heal(&self, record: &TenantRecord, scrubbed: &Scrubbed) -> Result<(), String> {
-        if let Some(why) = record.deleted() {
-            return Err(why);
-        }
         let chain = self.chain(record)?;
         let retired = scrub::retire(&chain, scrubbed).await;
         retired.map_err(text)?;

@@ -137,8 +137,10 @@ async fn restored(
         .name("drill".into())
         .spawn(move || {
             let compared = place.run(archive_key, id, &live, &mut own);
-            let _ = std::fs::remove_dir_all(&place.dir);
+            // Its keys first: a tenant that is sealed waits for them.
+            let dir = place.dir.clone();
             drop(place);
+            let _ = std::fs::remove_dir_all(dir);
             let _ = tell.send((compared, own));
         })
         .map_err(text)?;
@@ -240,7 +242,10 @@ impl Place {
         });
         let budget = Budget::passing(limits::DRILL_BUFFERS, limits::DRILL_CACHE);
         let keys = self.keys.clone();
-        let rebuilt = restore::rebuild(chain, plan, keys, budget, &self.dir, report).await;
+        let rebuilt = tokio::select! {
+            rebuilt = restore::rebuild(chain, plan, keys, budget, &self.dir, report) => rebuilt,
+            () = self.stopped() => Err(RestoreError::Stopped),
+        };
         let pace = pace.lock();
         evidence.step("fetched", pace.fetched());
         evidence.step("replayed", pace.replayed());

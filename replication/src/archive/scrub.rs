@@ -82,6 +82,9 @@ pub struct Scope<'a> {
     /// Moments before this are not kept for their own sake, milliseconds since 1970: what only they need
     /// may lose its lock.
     pub since_ms: u64,
+    /// Links are read behind the newest so many checkpoints only: what is never restored to an earlier moment
+    /// needs no others.
+    pub checkpoints: Option<usize>,
     pub go_on: GoOn<'a>,
 }
 
@@ -246,6 +249,11 @@ impl<'a> Reading<'a> {
             true => 1,
             false => oldest.unwrap_or(last),
         };
+        let needed = self.scope.checkpoints.and_then(|n| {
+            let mut newest = whole.keys().rev().take(n.max(1));
+            newest.next_back().copied()
+        });
+        let first = first.max(needed.unwrap_or(0));
         self.links(chain, first, last, &whole).await
     }
 

@@ -56,12 +56,6 @@ impl Founder {
         let (checkpoint, state) = (restored.checkpoint.clone(), restored.state.clone());
         let path = dir.to_path_buf();
         let laid = tokio::task::spawn_blocking(move || {
-            if path.exists() {
-                return Err(io::Error::other(format!(
-                    "there is a replica in {} already",
-                    path.display()
-                )));
-            }
             let replica = ReplicaDir::open(&path)?;
             replica.put_checkpoint(&checkpoint, &meta, &state)?;
             // Its own entry, and that of the directory of all replicas, which may be new too.

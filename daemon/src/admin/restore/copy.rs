@@ -62,6 +62,7 @@ impl Run {
             point,
             settled,
             served: Some(served),
+            told: self.node.report(),
         };
         let (chain, end) = self.current(&from).await.map_err(text)?;
         let mut plan = plan::at(&chain, &end, point).await.map_err(text)?;

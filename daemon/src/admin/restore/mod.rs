@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use kms::{Secret, TenantKeys};
 use replication::GroupId;
+use replication::archive::archiver::Report as Told;
 use replication::archive::chain::{Chain, End, Tail};
 use replication::failpoint::failpoint;
 use replication::group::Group;
@@ -133,6 +134,8 @@ struct Wanted<'a> {
     settled: bool,
     /// What is served of it: its key must not be held in memory any longer than there.
     served: Option<Arc<Group>>,
+    /// Told of each link of its new chain.
+    told: Told,
 }
 
 /// Where a restore is made; it goes with this.
@@ -368,6 +371,13 @@ impl Run {
             return Err("it was deleted, and its keys are destroyed here".into());
         }
         let dir = parts.replica_dir(id);
+        if dir.exists() {
+            // It may hold what the bucket has lost.
+            return Err(format!(
+                "there is a replica of group {id} in {} already: the bucket is older than it; move it away, and restore again",
+                dir.display()
+            ));
+        }
         let founded = async {
             let laid = self.founder().lay_down(&dir, &parts.log, restored).await;
             laid.map_err(|e| e.to_string())?;
@@ -377,7 +387,7 @@ impl Run {
                 keys: Ok(wanted.keys.clone()),
                 rpo: wanted.rpo,
                 archive_key: wanted.archive_key.clone(),
-                report: self.node.report(),
+                report: wanted.told.clone(),
                 min_voters: wanted.majority,
                 begun: Some(begun),
             };

@@ -119,6 +119,7 @@ impl Run {
             point: Point::Newest,
             settled: true,
             served: None,
+            told: node.directory_report(),
         };
         let done = self.restore_group(&wanted, async { Ok(()) }).await?;
         node.save_region(done.group.id(), false)?;
@@ -243,6 +244,7 @@ impl Run {
                 // Nothing of it is left but the archive.
                 settled: true,
                 served: None,
+                told: self.node.report(),
             };
             let done = self.restore_group(&wanted, async { Ok(()) }).await?;
             let group = &done.group;

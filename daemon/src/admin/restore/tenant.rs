@@ -49,6 +49,7 @@ impl Run {
             settled,
             // One that is sealed already is restored all the same.
             served: served.filter(|group| group.sealed().is_none()),
+            told: self.node.report(),
         };
         let why = match point {
             Point::Newest => "its newest archived state".to_string(),
