@@ -2,8 +2,9 @@
 //!
 //! A restored tenant can be read at once, and written once others hold it. Filling them takes more of the
 //! machines than restoring does, so while a region is restored a tier's tenants are joined only when all of
-//! them can be read, and none waits longer than `limits::JOIN_WITHIN`. A directory that was restored with them goes with the
-//! first tier: from then on the other nodes open replicas. What was not restored now waits for nothing.
+//! them can be read, and none waits longer than `limits::JOIN_WITHIN`. A directory that was restored with them
+//! goes with the first tier: from then on the other nodes open replicas. What was not restored now waits for
+//! nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;

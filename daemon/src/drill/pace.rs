@@ -29,6 +29,7 @@ pub struct Pace {
     /// Bytes fetched before fetching was paced, and how long they took; and all that there are.
     first: (u64, Duration),
     total: u64,
+    /// Before this the CPU time is not asked for again: that is a call of the system.
     look: Instant,
     /// CPU time of the working thread at its last pause.
     since: Option<Duration>,
@@ -63,7 +64,7 @@ impl Pace {
                 self.total = *total;
                 self.fetching(*bytes, now)
             }
-            // Each row is counted: whoever has not had the time has not worked for that long either.
+            // Told of each row: who has not had the time has not worked for that long either.
             Progress::Replayed { .. } | Progress::Counting if now < self.look => Duration::ZERO,
             Progress::Replayed { .. } | Progress::Counting => {
                 self.look = now + SLICE;
