@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use parking_lot::RwLock;
 
@@ -16,6 +17,7 @@ pub struct TenantKeys {
     generations: RwLock<BTreeMap<u32, Arc<Secret>>>,
     /// Under which new bytes are sealed.
     sealing: AtomicU32,
+    asked: Duration,
 }
 
 impl TenantKeys {
@@ -38,7 +40,18 @@ impl TenantKeys {
             secret,
             sealing: AtomicU32::new(newest.expect("a tenant has a data key")),
             generations: RwLock::new(generations),
+            asked: Duration::ZERO,
         }
+    }
+
+    /// Notes when the KMS was asked to unwrap them, on the clock of `boottime`.
+    pub(crate) fn asked_at(self, asked: Duration) -> Self {
+        TenantKeys { asked, ..self }
+    }
+
+    /// When the KMS was asked to unwrap them, which proved the key usable; zero if it was not.
+    pub fn asked(&self) -> Duration {
+        self.asked
     }
 
     pub fn tenant(&self) -> TenantId {

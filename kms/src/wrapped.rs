@@ -9,6 +9,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::TryStreamExt;
 use object_store::path::Path as ObjectPath;
@@ -142,8 +143,8 @@ impl WrappedKey {
         })
     }
 
-    /// Asks the KMS to unwrap it; checks the fingerprint.
-    async fn open(&self, providers: &Providers) -> Result<Unwrapped, KmsError> {
+    /// Asks the KMS to unwrap it; checks the fingerprint. Also answers when it was asked.
+    async fn open(&self, providers: &Providers) -> Result<(Unwrapped, Duration), KmsError> {
         providers.check_jurisdiction(&self.key, self.region).await?;
         let ctx = Context {
             tenant: self.tenant,
@@ -154,7 +155,7 @@ impl WrappedKey {
             key: self.key.to_string(),
         };
         let wrapped = hex::decode(&self.wrapped).map_err(|_| wrong())?;
-        let (plain, _) = providers.unwrap(&self.key, &wrapped, &ctx).await?;
+        let (plain, asked) = providers.unwrap(&self.key, &wrapped, &ctx).await?;
         if plain.len() != 64 {
             return Err(wrong());
         }
@@ -163,11 +164,12 @@ impl WrappedKey {
         if data_key.fingerprint() != self.fingerprint {
             return Err(wrong());
         }
-        Ok(Unwrapped {
+        let own = Unwrapped {
             generation: self.generation,
             data_key,
             secret,
-        })
+        };
+        Ok((own, asked))
     }
 
     /// Unwraps this generation into `keys`, which goes on sealing under the one it did.
@@ -176,7 +178,7 @@ impl WrappedKey {
         providers: &Providers,
         keys: &TenantKeys,
     ) -> Result<(), KmsError> {
-        let own = self.open(providers).await?;
+        let (own, _) = self.open(providers).await?;
         if own.secret.expose() != keys.secret().expose() {
             return Err(KmsError::WrongCiphertext {
                 key: self.key.to_string(),
@@ -202,8 +204,9 @@ impl WrappedKey {
         let Some((newest, older)) = generations.split_last() else {
             return Err(KmsError::Invalid("the tenant has no key generation".into()));
         };
-        let own = newest.open(providers).await?;
+        let (own, asked) = newest.open(providers).await?;
         let keys = TenantKeys::new(newest.tenant, own.secret, [(own.generation, own.data_key)]);
+        let keys = keys.asked_at(asked);
         for key in older {
             key.unwrap_into(providers, &keys).await?;
         }

@@ -103,6 +103,39 @@ async fn restores_twice_and_goes_on() -> Result<()> {
     Ok(())
 }
 
+/// A KMS answers so many calls a second: a tenant that is restored takes one, which proves its key.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restored_tenant_is_served_by_the_call_that_unwrapped_its_key() -> Result<()> {
+    const TENANTS: u64 = 8;
+    let mut region = Region::started().await?;
+    for n in 0..TENANTS {
+        let name = format!("t{n}");
+        region.create_tenant(&name, "standard", 100, 60_000).await?;
+        let mut client = region.client(&name).await?;
+        fill(&mut client, 3).await?;
+        region.archived(&name).await?;
+    }
+    region.kill_all();
+    region.lose_disks()?;
+    region.start_all()?;
+    region.all_in("awaiting restore").await?;
+    let began = Instant::now();
+    let (ok, table) = region.holdfast(&["restore", "region"]).await?;
+    ensure!(ok, "{table}");
+    for n in 0..TENANTS {
+        let mut client = region.client_at(&format!("t{n}"), &[0]).await?;
+        check(&mut client, 3).await?;
+    }
+    let (calls, took) = (region.kms_calls(0).await?, began.elapsed());
+    // The directory's own key, and nine seconds later at the earliest each key is proven again.
+    ensure!(
+        (TENANTS..TENANTS + 4).contains(&calls) || took > Duration::from_secs(9),
+        "{calls} calls after {took:?}"
+    );
+    println!("{calls} calls for {TENANTS} tenants after {took:?}");
+    Ok(())
+}
+
 /// Rows 21, 22 and 38: an object that is missing, cut, flipped or of a newer format is refused by
 /// name, and the other tenant is restored all the same; the refused one once the object is back.
 #[tokio::test(flavor = "multi_thread")]

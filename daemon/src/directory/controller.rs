@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kms::lease::boottime;
 use kms::{TenantId, TenantKeys};
 use replication::engine::EngineError;
 use replication::group::replica::is_quarantined;
@@ -76,6 +75,9 @@ async fn open_tenant(node: Arc<Node>, tenant: Arc<Tenant>) {
             Ok(group) if tenant.record().group() == id => {
                 let sealed = group.sealed();
                 tracing::info!(tenant = %record.id, incarnation = record.incarnation, ?sealed, "tenant is open");
+                if let Some(keys) = group.keys() {
+                    tenant.key.proven(keys.asked());
+                }
                 tenant.set_group(Ok(group.clone()));
                 let own = node.clone();
                 node.spawn(async move { keeper::keep(own, tenant, group).await });
@@ -130,17 +132,9 @@ async fn drop_older(node: &Node, id: replication::GroupId) {
 }
 
 /// The keys of a tenant that is opened, or why it is opened sealed.
-async fn keys(
-    parts: &Parts,
-    tenant: &Tenant,
-    record: &TenantRecord,
-) -> Result<Arc<TenantKeys>, String> {
-    let sent = boottime();
+async fn keys(parts: &Parts, record: &TenantRecord) -> Result<Arc<TenantKeys>, String> {
     match wrapped(parts, record).await {
-        Ok(keys) => {
-            tenant.key.proven(sent);
-            Ok(Arc::new(keys))
-        }
+        Ok(keys) => Ok(Arc::new(keys)),
         // No time of a refusal or a sealing is noted: that was before this process.
         Err(e) => {
             tracing::error!(tenant = %record.id, error = %e, "ALARM: the tenant is opened sealed");
@@ -163,7 +157,7 @@ async fn open_group(node: &Arc<Node>, tenant: &Tenant) -> Result<Arc<Group>, Str
             // Whatever keeps the key away: the group goes on without it.
             let keys = match record.withheld() {
                 Some(why) => Err(why),
-                None => keys(parts, tenant, record).await,
+                None => keys(parts, record).await,
             };
             let opening = Opening {
                 id,

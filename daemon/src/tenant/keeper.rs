@@ -56,6 +56,11 @@ pub async fn keep(node: Arc<Node>, tenant: Arc<Tenant>, group: Arc<Group>) {
         let record = tenant.record();
         record.group() == id && !record.is_destroying()
     };
+    tokio::select! {
+        () = sleep(keeper.first()) => {}
+        () = tenant.nudged() => {}
+        _ = sealed.changed() => {}
+    }
     while lives() && !group.is_fenced() {
         if group.is_quarantined() {
             // It may be withdrawn.
@@ -81,6 +86,18 @@ pub async fn keep(node: Arc<Node>, tenant: Arc<Tenant>, group: Arc<Group>) {
 }
 
 impl Keeper {
+    /// When to ask first: the key was proven when it was unwrapped. Spread: tenants that are opened together
+    /// do not ask together.
+    fn first(&self) -> Duration {
+        let age = self.tenant.key.lease.age(boottime());
+        match self.group.sealed() {
+            Some(_) => Duration::ZERO,
+            None => INTERVAL
+                .mul_f64(rand::random_range(0.3..1.0))
+                .saturating_sub(age),
+        }
+    }
+
     /// Asks once; answers when to ask again.
     async fn round(&mut self) -> Duration {
         if let Some(why) = self.tenant.record().withheld() {

@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use holdfast_tests::kms::{create_key, with_key};
 use holdfast_tests::load::Load;
 use holdfast_tests::region::Region;
@@ -40,22 +40,8 @@ fn row(what: &str, mut took: Vec<Duration>) {
 /// Calls to the KMS that all nodes have made.
 async fn calls(region: &Region) -> Result<u64> {
     let mut calls = 0;
-    let path = |name: &str| region.dir.path().join(name);
-    for node in &region.nodes {
-        let out = tokio::process::Command::new("curl")
-            .args(["-sS", "--insecure", "--max-time", "10", "--cert"])
-            .arg(path("operator.pem"))
-            .arg("--key")
-            .arg(path("operator-key.pem"))
-            .arg(format!("https://{}/metrics", node.config.admin_address))
-            .output()
-            .await?;
-        let text = String::from_utf8_lossy(&out.stdout).into_owned();
-        let line = text
-            .lines()
-            .find(|l| l.starts_with("holdfast_kms_calls_total"));
-        let count = line.and_then(|l| l.rsplit(' ').next()?.parse::<f64>().ok());
-        calls += count.with_context(|| format!("no count: {text}"))? as u64;
+    for n in 0..region.nodes.len() {
+        calls += region.kms_calls(n).await?;
     }
     Ok(calls)
 }
