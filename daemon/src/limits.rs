@@ -57,12 +57,12 @@ pub const SCRUB_EVERY: Duration = Duration::from_secs(7 * 24 * 3600);
 pub const SCRUB_RATE: u64 = 32 << 20;
 /// Days of a tenant's objectives that are kept.
 pub const OBJECTIVE_DAYS: u64 = 35;
-/// What a drill fetches at full speed, to measure it, and a second from there on; for how long its thread may
-/// work without a pause, and one part of how many it works from there on; and its memory: a live tenant
-/// keeps its own.
-pub const DRILL_MEASURED: u64 = 32 << 20;
-pub const DRILL_RATE: u64 = 32 << 20;
-pub const DRILL_FREE: Duration = Duration::from_millis(250);
+/// What a drill reads at full speed in each phase, to measure it, and a second from there on; for how long its
+/// thread may work without a pause, and one part of how many it works from there on; and its memory: a live
+/// tenant keeps its own.
+pub const DRILL_MEASURED: u64 = 16 << 20;
+pub const DRILL_RATE: u64 = 8 << 20;
+pub const DRILL_FREE: Duration = Duration::from_millis(100);
 pub const DRILL_SHARE: u32 = 8;
 pub const DRILL_BUFFERS: usize = 64 << 20;
 pub const DRILL_CACHE: usize = 8 << 20;
@@ -78,3 +78,5 @@ pub const JOIN_WITHIN: Duration = Duration::from_secs(300);
 pub const RESTORES: usize = 8;
 /// Of them, those whose log is replayed and rows are counted: each takes a core.
 pub const REPLAYS: usize = 2;
+/// Log that is replayed without compaction: two memtables.
+pub const BRIEF_REPLAY: u64 = 64 << 20;

@@ -41,6 +41,15 @@ impl Budget {
         })
     }
 
+    /// The same, for an engine that lives so briefly that compaction would be thrown away with it.
+    pub fn briefly(&self) -> Arc<Self> {
+        Arc::new(Budget {
+            write_buffers: self.write_buffers.clone(),
+            compacts: false,
+            ..*self
+        })
+    }
+
     /// Bytes of memtables above half of the bound.
     pub fn excess(&self) -> u64 {
         let half = self.write_buffers.get_buffer_size() / 2;

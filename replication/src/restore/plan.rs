@@ -114,7 +114,7 @@ async fn to_newest(chain: &Chain, end: &End, unusable: &[Manifest]) -> Result<Pl
         // The archive begins at it.
         return Err(refused.into());
     }
-    behind(chain, manifest, last, Until::End, unusable).await
+    behind(chain, manifest, last, Until::End, unusable, &end.tail).await
 }
 
 /// Plans a restore to `point`; `chain` is the newest one, on which the tenant is now, or was last, and
@@ -144,7 +144,7 @@ pub async fn without(
         let found = checkpoint_before(&chain, &manifests, until, unusable);
         let (manifest, refused) = found.await?;
         if manifest.is_some() {
-            return behind(&chain, manifest, last, until, unusable).await;
+            return behind(&chain, manifest, last, until, unusable, &end.tail).await;
         }
         if *first != 1 {
             return Err(match refused {
@@ -164,7 +164,7 @@ pub async fn without(
                 chain = chain.of(base.incarnation);
                 manifests = checkpoint::list(chain.bucket(), chain.group()).await?;
             }
-            _ => return behind(&chain, None, last, until, unusable).await,
+            _ => return behind(&chain, None, last, until, unusable, &end.tail).await,
         }
     }
 }
@@ -245,11 +245,16 @@ async fn checkpoint_before(
 pub async fn from(chain: &Chain, manifest: Manifest) -> Result<Plan, RestoreError> {
     let last = chain.numbers(manifest.link).await?.last().copied();
     let last = last.unwrap_or(manifest.link);
-    behind(chain, Some(manifest), last, Until::End, &[]).await
+    let newest = Tail::default();
+    behind(chain, Some(manifest), last, Until::End, &[], &newest).await
 }
 
-/// What the link that a manifest names says. It is not needed to restore: without it less is compared.
-async fn covered(chain: &Chain, manifest: &Manifest) -> Option<Header> {
+/// What the link that a manifest names says, which may be the newest. It is not needed to restore: without it
+/// less is compared.
+async fn covered(chain: &Chain, manifest: &Manifest, newest: &Tail) -> Option<Header> {
+    if newest.hash == manifest.link_hash {
+        return newest.header.clone();
+    }
     match manifest.link > 0 {
         true => match chain.read(manifest.link).await {
             Ok(link) if link.hash == manifest.link_hash => Some(link.header),
@@ -289,13 +294,14 @@ async fn behind(
     last: u64,
     until: Until,
     unusable: &[Manifest],
+    newest: &Tail,
 ) -> Result<Plan, RestoreError> {
     let from = manifest.as_ref().map_or(0, |m| m.link);
     let start = match &manifest {
         Some(m) => Tail {
             number: m.link,
             hash: m.link_hash.clone(),
-            header: covered(chain, m).await,
+            header: covered(chain, m, newest).await,
         },
         None => Tail::default(),
     };
@@ -348,7 +354,15 @@ async fn beginning(
     let found = checkpoint_before(&from, &manifests, until, unusable);
     let (manifest, refused) = found.await?;
     let plan = match (
-        Box::pin(behind(&from, manifest, last, until, unusable)).await,
+        Box::pin(behind(
+            &from,
+            manifest,
+            last,
+            until,
+            unusable,
+            &Tail::default(),
+        ))
+        .await,
         refused,
     ) {
         // What is missing was before a checkpoint that cannot be used.
