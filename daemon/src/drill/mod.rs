@@ -5,11 +5,12 @@
 //! keys, which are let go of when it is sealed. A drill passes only if everything it read
 //! authenticates, the digest counted from every row is the chain's, and a sample of keys is what the
 //! live tenant says at the same revision. It runs when nothing else wants the core (`threads`), with memory of
-//! its own, and pauses (`pace`), which its figures are without.
+//! its own, and pauses (`reading`, `pace`), which its figures are without.
 
 mod evidence;
 mod pace;
 mod page;
+mod reading;
 mod schedule;
 mod threads;
 
@@ -40,6 +41,7 @@ use crate::tenant::{self, DRILL};
 pub use evidence::{Evidence, Phase, Sample};
 use pace::Pace;
 pub use page::page;
+use reading::Reading;
 pub use schedule::{is_new_period, is_ours, keep};
 use threads::Threads;
 
@@ -124,7 +126,7 @@ async fn restored(
     let place = Place {
         dir: node.parts.data_dir.join(DRILL).join(tag),
         // Connections of its own: those of this one end with it.
-        bucket: config.bucket.open(config.region)?,
+        bucket: Arc::new(Reading::new(config.bucket.open(config.region)?)),
         keys,
         stop,
         threads,
@@ -154,7 +156,7 @@ async fn restored(
 /// What a drill has for itself.
 struct Place {
     dir: PathBuf,
-    bucket: Arc<dyn object_store::ObjectStore>,
+    bucket: Arc<Reading>,
     keys: Arc<TenantKeys>,
     stop: Arc<AtomicBool>,
     threads: Arc<Threads>,
@@ -188,7 +190,7 @@ impl Place {
             evidence.not_run = room.is_err();
             room?;
             evidence.planned(&plan);
-            evidence.phase("planned");
+            evidence.step("planned", self.bucket.step().await);
             let rebuilt = self.rebuild(&chain, &plan, evidence).await?;
             let state = &rebuilt.state;
             evidence.revision = state.revision;
@@ -240,14 +242,17 @@ impl Place {
             }
             !stop.load(Ordering::Relaxed)
         });
-        let budget = Budget::passing(limits::DRILL_BUFFERS, limits::DRILL_CACHE);
-        let keys = self.keys.clone();
-        let rebuilt = tokio::select! {
-            rebuilt = restore::rebuild(chain, plan, keys, budget, &self.dir, report) => rebuilt,
+        tokio::select! {
+            fetched = restore::fetch(chain, plan, &self.dir, report.clone()) => fetched,
             () = self.stopped() => Err(RestoreError::Stopped),
-        };
+        }
+        .map_err(text)?;
+        if plan.first_manifest().is_some() {
+            evidence.step("fetched", self.bucket.step().await);
+        }
+        let budget = Budget::passing(limits::DRILL_BUFFERS, limits::DRILL_CACHE);
+        let rebuilt = restore::replay(plan, self.keys.clone(), budget, &self.dir, report);
         let pace = pace.lock();
-        evidence.step("fetched", pace.fetched());
         evidence.step("replayed", pace.replayed());
         let rebuilt = rebuilt.map_err(text)?;
         evidence.step("verified", pace.verified());
