@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use kms::TenantId;
+use replication::GroupId;
 use replication::archive::chain::Chain;
 use replication::archive::checkpoint::{list_with_times, read};
 use replication::archive::survey::Kept;
@@ -24,17 +25,14 @@ fn text(e: impl std::fmt::Display) -> String {
 impl Node {
     /// The newest chain of a tenant.
     pub fn chain(&self, record: &TenantRecord) -> Result<Chain, String> {
-        let key = self.archive_key();
-        let key = key.ok_or("the archive key is not known yet")?;
-        Ok(Chain::new(self.parts.bucket.clone(), key, record.group()))
+        self.chain_of(record.group())
     }
 
-    /// The chain of the directory.
-    pub fn directory_chain(&self, directory: &Directory) -> Result<Chain, String> {
+    /// The chain of a group, a tenant's or the directory's.
+    pub fn chain_of(&self, group: GroupId) -> Result<Chain, String> {
         let key = self.archive_key();
         let key = key.ok_or("the archive key is not known yet")?;
-        let (bucket, group) = (self.parts.bucket.clone(), directory.group().id());
-        Ok(Chain::new(bucket, key, group))
+        Ok(Chain::new(self.parts.bucket.clone(), key, group))
     }
 
     /// Has a checkpoint of a tenant uploaded, and waits for it.
@@ -48,7 +46,7 @@ impl Node {
 
     /// As `checkpoint`, of the directory.
     pub async fn directory_checkpoint(&self, directory: &Directory) -> Result<Kept, String> {
-        let chain = self.directory_chain(directory)?;
+        let chain = self.chain_of(directory.group().id())?;
         let nodes = directory.nodes().map_err(text)?;
         let nodes = nodes.into_iter().map(|found| found.record).collect();
         let made = self.checkpoint_of(&chain, nodes).await?;

@@ -87,7 +87,7 @@ impl Node {
         directory: &Directory,
         dry_run: bool,
     ) -> Result<(Sweep, Vec<String>), String> {
-        let chain = self.directory_chain(directory)?;
+        let chain = self.chain_of(directory.group().id())?;
         let checkpoints = limits::KEEP_CHECKPOINTS as usize;
         let known = self.newest_directory_link(chain.group());
         let sweep = self.decide(&chain, keep_directory(), checkpoints, known);

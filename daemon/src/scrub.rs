@@ -97,7 +97,7 @@ impl Node {
         let Ok(_one) = self.scrubbing.try_acquire() else {
             return Err("a scrub is under way on this node: try again once it is done".into());
         };
-        let chain = self.directory_chain(directory)?;
+        let chain = self.chain_of(directory.group().id())?;
         let locks = Locks::of(&self.config.bucket);
         let scope = Scope {
             rate: limits::SCRUB_RATE,

@@ -65,6 +65,14 @@ impl GroupId {
             incarnation: u32::from_be_bytes([bytes[16], bytes[17], bytes[18], bytes[19]]),
         }
     }
+
+    /// The tenant's incarnation after this one.
+    pub fn next(self) -> Self {
+        GroupId {
+            incarnation: self.incarnation + 1,
+            ..self
+        }
+    }
 }
 
 impl std::fmt::Display for GroupId {

@@ -1,7 +1,6 @@
 //! Disks: a filesystem that forgets what was never synced, a leader that dies before its own fsync,
 //! flipped bits in files of the engine.
 
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use etcd_client::Client;
 use holdfast_tests::forgetful::Forgetful;
-use holdfast_tests::region::{Region, files_below};
+use holdfast_tests::region::{Region, files_below, flip};
 use kms::{Secret, TenantId, TenantKeys};
 use replication::engine::{Budget, Cf, Ciphering, Engine, link_dir};
 use tokio::task::JoinSet;
@@ -347,17 +346,6 @@ async fn a_damaged_replica_is_found_and_rebuilt_from_its_peers() -> Result<()> {
         events.contains("replica-damaged") && events.contains("replica-rebuilt"),
         "{events}"
     );
-    Ok(())
-}
-
-/// Flips a bit in the middle of each file.
-fn flip(files: &[PathBuf]) -> Result<()> {
-    for file in files {
-        let file = std::fs::File::options().read(true).write(true).open(file)?;
-        let (middle, mut byte) = (file.metadata()?.len() / 2, [0u8]);
-        file.read_exact_at(&mut byte, middle)?;
-        file.write_all_at(&[byte[0] ^ 1], middle)?;
-    }
     Ok(())
 }
 

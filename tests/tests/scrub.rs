@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use holdfast_tests::region::{Region, files_below};
+use holdfast_tests::region::{Region, files_below, flip};
 
 const KEYS: usize = 200;
 
@@ -21,13 +21,6 @@ fn objects(region: &Region, what: &str) -> Vec<PathBuf> {
     found.retain(|file| file.to_string_lossy().contains(what));
     found.sort_by_key(|file| std::cmp::Reverse(file.metadata().map_or(0, |m| m.len())));
     found
-}
-
-fn flip(object: &PathBuf) -> Result<()> {
-    let mut bytes = std::fs::read(object)?;
-    let middle = bytes.len() / 2;
-    bytes[middle] ^= 1;
-    Ok(std::fs::write(object, bytes)?)
 }
 
 fn name(object: &std::path::Path) -> Result<String> {
@@ -59,7 +52,7 @@ async fn damage_is_found_named_and_healed() -> Result<()> {
         let object = files.first().context("there are files")?;
         let harmed = name(object)?;
         match harm {
-            "flipped" => flip(object)?,
+            "flipped" => flip(std::slice::from_ref(object))?,
             _ => std::fs::remove_file(object)?,
         }
         let (ok, said) = region.holdfast(&["drill", "run", "acme"]).await?;
@@ -98,7 +91,7 @@ async fn damage_is_found_named_and_healed() -> Result<()> {
     let mut links = objects(&region, &below("0000000001/chain/"));
     links.sort();
     let link = &links[0];
-    flip(link)?;
+    flip(std::slice::from_ref(link))?;
     let found = scrub(&region).await?;
     ensure!(
         found.contains(&name(link)?) && found.contains("cannot be restored"),

@@ -164,10 +164,7 @@ pub struct Closing {
 /// Closes a chain behind `tail`, so that no further link can be made.
 pub async fn close(chain: &Chain, mut tail: Tail, restore: &str) -> Result<Closing, RestoreError> {
     let mut closing = Closing {
-        group: GroupId {
-            incarnation: chain.group().incarnation + 1,
-            ..chain.group()
-        },
+        group: chain.group().next(),
         number: 0,
         added: Vec::new(),
         revision: 0,

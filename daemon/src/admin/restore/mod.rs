@@ -246,6 +246,8 @@ impl Run {
     ) -> Result<Done, String> {
         let text = |e: RestoreError| e.to_string();
         let (chain, end) = self.current(wanted).await.map_err(text)?;
+        // Before anything is closed.
+        self.no_replica(chain.group().next())?;
         let plan = plan::at(&chain, &end, wanted.point).await;
         let mut plan = plan.map_err(text)?;
         let dir = self.scratch(chain.group());
@@ -347,7 +349,10 @@ impl Run {
         });
         restore::fetch(chain, plan, dir, report.clone()).await?;
         let _turn = self.replays.acquire().await;
-        let budget = self.node.parts.budget.clone();
+        let budget = match plan.log_bytes() < limits::BRIEF_REPLAY {
+            true => self.node.parts.budget.briefly(),
+            false => self.node.parts.budget.clone(),
+        };
         restore::replay(plan, wanted.keys.clone(), budget, dir, report)
     }
 
@@ -355,6 +360,18 @@ impl Run {
         Founder {
             node: self.node.id,
             address: self.node.config.peer_address.to_string(),
+        }
+    }
+
+    /// What is on this disk of the incarnation to come may be what the bucket has lost.
+    fn no_replica(&self, id: GroupId) -> Result<(), String> {
+        let dir = self.node.parts.replica_dir(id);
+        match dir.exists() {
+            true => Err(format!(
+                "there is a replica of group {id} in {} already: the bucket is older than it; move it away, and restore again",
+                dir.display()
+            )),
+            false => Ok(()),
         }
     }
 
@@ -370,14 +387,8 @@ impl Run {
         if parts.keys.is_shredded(id.tenant) {
             return Err("it was deleted, and its keys are destroyed here".into());
         }
+        self.no_replica(id)?;
         let dir = parts.replica_dir(id);
-        if dir.exists() {
-            // It may hold what the bucket has lost.
-            return Err(format!(
-                "there is a replica of group {id} in {} already: the bucket is older than it; move it away, and restore again",
-                dir.display()
-            ));
-        }
         let founded = async {
             let laid = self.founder().lay_down(&dir, &parts.log, restored).await;
             laid.map_err(|e| e.to_string())?;
