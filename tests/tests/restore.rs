@@ -110,7 +110,9 @@ async fn a_restored_tenant_is_served_by_the_call_that_unwrapped_its_key() -> Res
     let mut region = Region::started().await?;
     for n in 0..TENANTS {
         let name = format!("t{n}");
-        region.create_tenant(&name, "standard", 100, 60_000).await?;
+        region
+            .create_tenant_with(&name, "standard", 100, 60_000, "local:acme", "app")
+            .await?;
         let mut client = region.client(&name).await?;
         fill(&mut client, 3).await?;
         region.archived(&name).await?;
