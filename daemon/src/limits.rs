@@ -60,7 +60,7 @@ pub const OBJECTIVE_DAYS: u64 = 35;
 /// What a drill reads at full speed in each phase, to measure it, and a second from there on; for how long its
 /// thread may work without a pause, and one part of how many it works from there on; and its memory: a live
 /// tenant keeps its own.
-pub const DRILL_MEASURED: u64 = 16 << 20;
+pub const DRILL_MEASURED: u64 = 32 << 20;
 pub const DRILL_RATE: u64 = 8 << 20;
 pub const DRILL_FREE: Duration = Duration::from_millis(100);
 pub const DRILL_SHARE: u32 = 8;
@@ -78,5 +78,6 @@ pub const JOIN_WITHIN: Duration = Duration::from_secs(300);
 pub const RESTORES: usize = 8;
 /// Of them, those whose log is replayed and rows are counted: each takes a core.
 pub const REPLAYS: usize = 2;
-/// Log that is replayed without compaction: two memtables.
-pub const BRIEF_REPLAY: u64 = 64 << 20;
+/// Bytes of compressed log that are replayed without compaction: a few tables, however small they were
+/// compressed.
+pub const BRIEF_REPLAY: u64 = 16 << 20;

@@ -49,6 +49,11 @@ impl TenantKeys {
         TenantKeys { asked, ..self }
     }
 
+    /// Of keys that were unwrapped under another KMS key than the tenant's: that proves nothing of it.
+    pub fn unproven(self) -> Self {
+        self.asked_at(Duration::ZERO)
+    }
+
     /// When the KMS was asked to unwrap them, which proved the key usable; zero if it was not.
     pub fn asked(&self) -> Duration {
         self.asked

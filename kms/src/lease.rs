@@ -32,11 +32,12 @@ pub fn boottime() -> Duration {
     Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 
-/// When a key was last asked for and last proven, in milliseconds of `boottime`.
+/// When a key was last asked for, last proven and last refused, in milliseconds of `boottime`.
 #[derive(Default)]
 pub struct Lease {
     asked: AtomicU64,
     proven: AtomicU64,
+    refused: AtomicU64,
     grace: AtomicU64,
 }
 
@@ -59,6 +60,12 @@ impl Lease {
             .fetch_max(sent.as_millis() as u64, Ordering::AcqRel);
     }
 
+    /// The KMS refused the key: what it proved before counts no more.
+    pub fn refused(&self, now: Duration) {
+        self.refused
+            .fetch_max(now.as_millis() as u64, Ordering::AcqRel);
+    }
+
     /// Since the last proof.
     pub fn age(&self, now: Duration) -> Duration {
         now.saturating_sub(Duration::from_millis(self.proven.load(Ordering::Acquire)))
@@ -77,6 +84,9 @@ impl Lease {
     pub fn holds(&self) -> bool {
         let now = boottime();
         let asked = Duration::from_millis(self.asked.load(Ordering::Acquire));
+        if self.proven.load(Ordering::Acquire) < self.refused.load(Ordering::Acquire) {
+            return false;
+        }
         // Between two proofs the key counts as proven, however short the grace.
         now.saturating_sub(asked) < LEASE && self.age(now) < self.grace().max(LEASE)
     }

@@ -190,7 +190,7 @@ impl Place {
             evidence.not_run = room.is_err();
             room?;
             evidence.planned(&plan);
-            evidence.step("planned", self.bucket.step().await);
+            evidence.step("planned", self.bucket.step());
             let rebuilt = self.rebuild(&chain, &plan, evidence).await?;
             let state = &rebuilt.state;
             evidence.revision = state.revision;
@@ -221,6 +221,7 @@ impl Place {
     ) -> Result<Rebuilt, String> {
         let pace = Arc::new(Mutex::new(Pace::new(Instant::now())));
         let (pacing, stop, told) = (pace.clone(), self.stop.clone(), self.told.clone());
+        let bucket = self.bucket.clone();
         let report = Arc::new(move |progress: Progress| {
             let from = Instant::now();
             let pause = pacing.lock().pause(&progress, from, threads::cpu_time);
@@ -235,21 +236,24 @@ impl Place {
             };
             pacing.lock().paused(&progress, now, slept);
             match progress {
-                Progress::Fetched { bytes, total } => told("fetched", bytes, total),
+                Progress::Fetched { bytes, total } => {
+                    bucket.written(bytes);
+                    told("fetched", bytes, total);
+                }
                 Progress::Replayed { links, total } => told("replayed", links, total),
                 Progress::Counting => {}
                 Progress::Verified => told("verified", 1, 1),
             }
             !stop.load(Ordering::Relaxed)
         });
-        tokio::select! {
+        let fetched = tokio::select! {
             fetched = restore::fetch(chain, plan, &self.dir, report.clone()) => fetched,
             () = self.stopped() => Err(RestoreError::Stopped),
-        }
-        .map_err(text)?;
+        };
         if plan.first_manifest().is_some() {
-            evidence.step("fetched", self.bucket.step().await);
+            evidence.step("fetched", self.bucket.step());
         }
+        fetched.map_err(text)?;
         let budget = Budget::passing(limits::DRILL_BUFFERS, limits::DRILL_CACHE);
         let rebuilt = restore::replay(plan, self.keys.clone(), budget, &self.dir, report);
         let pace = pace.lock();

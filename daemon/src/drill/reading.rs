@@ -1,8 +1,8 @@
 //! What a drill sees of the bucket: it reads at a rate, and writes nothing.
 //!
-//! Invariants. Each phase reads its first part at full speed, which measures it; from there on one stream at a
-//! time waits, so that what was slept is time of the clock. A restore does not wait, and its objective must not
-//! be charged with that: what was slept is taken off, but no more than leaves the speed of the first part.
+//! Invariants. Each phase reads its first part at full speed, which measures it, written out where it is
+//! written; from there on streams wait. A restore does not wait, and its objective must not be charged with that:
+//! the time in which one waited is taken off, but no more than leaves the speed of the first part.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ use object_store::{
     CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload,
     ObjectMeta, ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
 };
-use tokio::sync::Mutex;
+use parking_lot::Mutex;
 
 use super::pace::Step;
 use crate::limits;
@@ -31,11 +31,15 @@ const BURST: Duration = Duration::from_millis(20);
 struct Rate {
     began: Instant,
     bytes: u64,
-    /// Bytes read before there were pauses, and how long they took.
+    /// Bytes before there were pauses, and how long they took.
     first: (u64, Duration),
+    /// That is counted as they are written.
+    is_written: bool,
     /// When what was read so far is paid for.
     due: Instant,
-    slept: Duration,
+    /// The time in which a stream waits, so far, and when that ends.
+    waited: Duration,
+    waiting_until: Instant,
 }
 
 impl Rate {
@@ -44,26 +48,41 @@ impl Rate {
             began: now,
             bytes: 0,
             first: (0, Duration::ZERO),
+            is_written: false,
             due: now,
-            slept: Duration::ZERO,
+            waited: Duration::ZERO,
+            waiting_until: now,
         }
     }
 
-    /// How long to wait, so many bytes having come by `now`.
-    fn pause(&mut self, bytes: u64, now: Instant) -> Duration {
+    /// Until when to wait, so many bytes more having come by `now`.
+    fn read(&mut self, bytes: u64, now: Instant) -> Option<Instant> {
         self.bytes += bytes;
         if self.bytes <= limits::DRILL_MEASURED {
-            self.first = (self.bytes, now.saturating_duration_since(self.began));
+            if !self.is_written {
+                self.first = (self.bytes, now.saturating_duration_since(self.began));
+            }
             self.due = now;
-            return Duration::ZERO;
+            return None;
         }
         let bytes = bytes.min(self.bytes - limits::DRILL_MEASURED);
         let costs = Duration::from_secs_f64(bytes as f64 / limits::DRILL_RATE as f64);
         self.due = self.due.max(now.checked_sub(BURST).unwrap_or(now)) + costs;
-        let pause = self.due.saturating_duration_since(now);
-        match pause < SLICE {
-            true => Duration::ZERO,
-            false => pause,
+        if self.due.saturating_duration_since(now) < SLICE {
+            return None;
+        }
+        let from = self.waiting_until.max(now);
+        self.waited += self.due.saturating_duration_since(from);
+        self.waiting_until = self.waiting_until.max(self.due);
+        Some(self.due)
+    }
+
+    /// Notes that so many bytes in all are written by `now`. What is read at full speed and not written yet
+    /// is still on its way then.
+    fn written(&mut self, bytes: u64, now: Instant) {
+        if bytes <= limits::DRILL_MEASURED / 2 {
+            self.first = (bytes, now.saturating_duration_since(self.began));
+            self.is_written = true;
         }
     }
 
@@ -74,7 +93,7 @@ impl Rate {
         let unpaced = took.mul_f64(self.bytes as f64 / first.max(1) as f64);
         Step {
             ended: Some(now),
-            paused: self.slept.min(elapsed.saturating_sub(unpaced)),
+            paused: self.waited.min(elapsed.saturating_sub(unpaced)),
         }
     }
 }
@@ -91,10 +110,15 @@ impl Reading {
         Reading { inner, rate }
     }
 
+    /// Notes how much of what was read in this phase is written.
+    pub fn written(&self, bytes: u64) {
+        self.rate.lock().written(bytes, Instant::now());
+    }
+
     /// Ends a phase, and begins the next.
-    pub async fn step(&self) -> Step {
+    pub fn step(&self) -> Step {
         let now = Instant::now();
-        let mut rate = self.rate.lock().await;
+        let mut rate = self.rate.lock();
         let step = rate.step(now);
         *rate = Rate::new(now);
         step
@@ -116,13 +140,9 @@ impl std::fmt::Display for Reading {
 
 async fn came(rate: Arc<Mutex<Rate>>, piece: Result<Bytes>) -> Result<Bytes> {
     let bytes = piece?;
-    // Held while it waits: the others wait with it.
-    let mut rate = rate.lock().await;
-    let from = Instant::now();
-    let pause = rate.pause(bytes.len() as u64, from);
-    if !pause.is_zero() {
-        tokio::time::sleep(pause).await;
-        rate.slept += from.elapsed();
+    let due = rate.lock().read(bytes.len() as u64, Instant::now());
+    if let Some(due) = due {
+        tokio::time::sleep_until(due.into()).await;
     }
     Ok(bytes)
 }
@@ -205,42 +225,53 @@ mod tests {
         let mut now = Instant::now();
         let mut rate = Rate::new(now);
         now += SECOND / 4;
-        assert_eq!(rate.pause(limits::DRILL_MEASURED, now), Duration::ZERO);
-        let slept = rate.pause(PART, now).as_secs_f64();
-        assert!((slept - seconds(PART)).abs() < 1e-6, "{slept}");
-        // It waits for that, and then nothing is asked for in a while.
+        assert_eq!(rate.read(limits::DRILL_MEASURED, now), None);
+        let wait =
+            |until: Option<Instant>, now: Instant| (until.expect("it waits") - now).as_secs_f64();
+        let waits = wait(rate.read(PART, now), now);
+        assert!((waits - seconds(PART)).abs() < 1e-6, "{waits}");
+        // Another stream waits behind it; they wait together.
+        let waits = wait(rate.read(PART, now), now);
+        assert!((waits - 2.0 * seconds(PART)).abs() < 1e-6, "{waits}");
+        assert!((rate.waited.as_secs_f64() - waits).abs() < 1e-6);
+        // They waited for that, and then nothing is asked for in a while.
         now += 10 * SECOND;
-        let slept = rate.pause(PART, now).as_secs_f64();
+        let waits = wait(rate.read(PART, now), now);
         let wanted = seconds(PART) - BURST.as_secs_f64();
-        assert!((slept - wanted).abs() < 1e-6, "{slept}");
+        assert!((waits - wanted).abs() < 1e-6, "{waits}");
         // What costs less than a slice is added up.
         let little = limits::DRILL_RATE / 1000;
         now += SECOND;
-        assert_eq!(rate.pause(little, now), Duration::ZERO);
         let mut pieces = 1;
-        while rate.pause(little, now).is_zero() {
+        while rate.read(little, now).is_none() {
             pieces += 1;
         }
         let before = (BURST + SLICE).as_millis();
-        assert!((before - 2..=before).contains(&pieces), "{pieces}");
+        assert!((before - 2..=before + 1).contains(&pieces), "{pieces}");
     }
 
-    /// Reads nine times what is not paced, the first part in a quarter of a second; answers the pauses
-    /// that are taken off of what took a minute.
-    fn taken_off(slept: Duration) -> Duration {
+    /// Reads nine times what is not paced, the first part in a quarter of a second, written in `written` if it
+    /// is; answers the pauses that are taken off of what took a minute.
+    fn taken_off(waited: Duration, written: Option<Duration>) -> Duration {
         let began = Instant::now();
         let mut rate = Rate::new(began);
-        rate.pause(limits::DRILL_MEASURED, began + SECOND / 4);
-        rate.pause(8 * limits::DRILL_MEASURED, began + SECOND);
-        rate.slept = slept;
+        rate.read(limits::DRILL_MEASURED, began + SECOND / 4);
+        if let Some(took) = written {
+            rate.written(limits::DRILL_MEASURED / 2, began + took);
+        }
+        rate.read(8 * limits::DRILL_MEASURED, began + SECOND);
+        rate.waited = waited;
         rate.step(began + 60 * SECOND).paused
     }
 
     #[test]
-    fn pauses_are_those_slept_and_leave_the_speed_of_the_first_part() {
+    fn pauses_are_those_waited_and_leave_the_speed_of_the_first_part() {
         // A bucket that became slower than the rate is not excused.
-        assert_eq!(taken_off(SECOND), SECOND);
-        assert_eq!(taken_off(59 * SECOND), 60 * SECOND - 9 * SECOND / 4);
+        assert_eq!(taken_off(SECOND, None), SECOND);
+        let minute = 60 * SECOND;
+        assert_eq!(taken_off(59 * SECOND, None), minute - 9 * SECOND / 4);
+        // Nor is a disk that is slower than the bucket.
+        assert_eq!(taken_off(59 * SECOND, Some(SECOND)), minute - 18 * SECOND);
     }
 
     #[tokio::test]
@@ -254,9 +285,9 @@ mod tests {
         let got = reading.get(&path).await.unwrap();
         assert_eq!(got.bytes().await.unwrap(), object);
         assert!(began.elapsed() >= Duration::from_millis(225));
-        let step = reading.step().await;
+        let step = reading.step();
         assert!(step.paused >= Duration::from_millis(200), "{step:?}");
-        assert!(reading.step().await.paused.is_zero(), "the next phase");
+        assert!(reading.step().paused.is_zero(), "the next phase");
 
         reading.put(&path, vec![].into()).await.unwrap_err();
         reading.delete(&path).await.unwrap_err();

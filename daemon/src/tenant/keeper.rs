@@ -79,6 +79,8 @@ pub async fn keep(node: Arc<Node>, tenant: Arc<Tenant>, group: Arc<Group>) {
             changed = sealed.changed() => if changed.is_err() { return },
         }
     }
+    // It may have been meant for the next incarnation's.
+    tenant.nudge();
     // Nothing looks after its keys any more.
     let why = tenant.record().withheld();
     let why = why.as_deref().unwrap_or("the tenant has moved on");
@@ -89,13 +91,12 @@ impl Keeper {
     /// When to ask first: the key was proven when it was unwrapped. Spread: tenants that are opened together
     /// do not ask together.
     fn first(&self) -> Duration {
-        let age = self.tenant.key.lease.age(boottime());
-        match self.group.sealed() {
-            Some(_) => Duration::ZERO,
-            None => INTERVAL
-                .mul_f64(rand::random_range(0.3..1.0))
-                .saturating_sub(age),
+        let lease = &self.tenant.key.lease;
+        if self.tenant.record().withheld().is_some() || !lease.holds() {
+            return Duration::ZERO;
         }
+        let due = INTERVAL.mul_f64(rand::random_range(0.3..1.0));
+        due.saturating_sub(lease.age(boottime()))
     }
 
     /// Asks once; answers when to ask again.

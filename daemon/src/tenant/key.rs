@@ -87,6 +87,7 @@ impl KeyStanding {
     }
 
     pub fn refused(&self) {
+        self.lease.refused(boottime());
         self.times.lock().refused_ms = now_ms();
     }
 

@@ -118,7 +118,10 @@ pub async fn wrapped(parts: &Parts, record: &TenantRecord) -> Result<TenantKeys,
     // Kept only now that each is known to open.
     wrapped.iter().try_for_each(|key| parts.keys.keep(key))?;
     keys.begin_under(record.generation);
-    Ok(keys)
+    match wrapped.iter().all(|key| key.key == record.key) {
+        true => Ok(keys),
+        false => Ok(keys.unproven()),
+    }
 }
 
 /// Why a key is not there, without what only its owner should read of it.

@@ -41,7 +41,8 @@ impl Budget {
         })
     }
 
-    /// The same, for an engine that lives so briefly that compaction would be thrown away with it.
+    /// The same, for an engine that is closed before a compaction is done: whoever opens its files next
+    /// compacts them.
     pub fn briefly(&self) -> Arc<Self> {
         Arc::new(Budget {
             write_buffers: self.write_buffers.clone(),

@@ -148,6 +148,8 @@ async fn fetch(
                     pieces.push(piece);
                 }
                 Ok(None) => break,
+                // All of it came; only its end was late.
+                Err(_) if at == file.length => break,
                 // A connection that broke, or a disk that is so slow that the request took too long.
                 Err(_) if at > broke_at => {
                     broke_at = at;
