@@ -47,11 +47,11 @@ impl Lease {
         self.grace.store(grace, Ordering::Relaxed);
     }
 
-    /// The KMS proved the key usable when asked at `sent`.
-    pub fn proven(&self, sent: Duration) {
+    /// The KMS proved the key usable when asked at `sent`. Answers whether it was not asked since.
+    pub fn proven(&self, sent: Duration) -> bool {
         let sent = sent.as_millis() as u64;
         self.proven.fetch_max(sent, Ordering::AcqRel);
-        self.asked.fetch_max(sent, Ordering::AcqRel);
+        self.asked.fetch_max(sent, Ordering::AcqRel) <= sent
     }
 
     /// The KMS was asked at `sent` and proved nothing.
@@ -170,5 +170,18 @@ mod tests {
         assert!(!stale.holds());
         stale.proven(now);
         assert!(stale.holds());
+    }
+
+    #[test]
+    fn what_was_proven_before_a_refusal_counts_no_more() {
+        let now = boottime();
+        let refused = lease(now.saturating_sub(SECOND), 10 * SECOND);
+        refused.refused(now);
+        assert!(!refused.holds());
+        // Asked for before it was refused, and heard of after.
+        refused.proven(now.saturating_sub(SECOND / 2));
+        assert!(!refused.holds());
+        refused.proven(now);
+        assert!(refused.holds());
     }
 }

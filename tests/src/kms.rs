@@ -8,6 +8,7 @@ use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
+use crate::region::Region;
 use crate::servers::CLOUD_REGION;
 
 /// Asks a KMS; answers the body.
@@ -69,6 +70,26 @@ pub async fn create_key(endpoint: &str) -> Result<String> {
         ensure!(Instant::now() < deadline, "no key: {answer:?}");
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
+}
+
+/// Calls that a node of `region` has made to its KMS.
+pub async fn calls(region: &Region, n: usize) -> Result<u64> {
+    let path = |name: &str| region.dir.path().join(name);
+    let metrics = format!("https://{}/metrics", region.nodes[n].config.admin_address);
+    let out = tokio::process::Command::new("curl")
+        .args(["-sS", "--insecure", "--max-time", "10", "--cert"])
+        .arg(path("operator.pem"))
+        .arg("--key")
+        .arg(path("operator-key.pem"))
+        .arg(metrics)
+        .output()
+        .await?;
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let line = text
+        .lines()
+        .find(|l| l.starts_with("holdfast_kms_calls_total"));
+    let count = line.and_then(|l| l.rsplit(' ').next()?.parse::<f64>().ok());
+    Ok(count.with_context(|| format!("no count: {text}"))? as u64)
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,6 +2,7 @@
 
 pub mod debian;
 pub mod failpoint;
+pub mod files;
 pub mod forgetful;
 pub mod history;
 pub mod kms;

@@ -1,10 +1,8 @@
 //! A region of daemon processes on loopback, in a directory of its own.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::net::SocketAddr;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -494,26 +492,6 @@ impl Region {
         Ok(said)
     }
 
-    /// Calls to the KMS that a node has made.
-    pub async fn kms_calls(&self, n: usize) -> Result<u64> {
-        let path = |name: &str| self.dir.path().join(name);
-        let metrics = format!("https://{}/metrics", self.nodes[n].config.admin_address);
-        let out = tokio::process::Command::new("curl")
-            .args(["-sS", "--insecure", "--max-time", "10", "--cert"])
-            .arg(path("operator.pem"))
-            .arg("--key")
-            .arg(path("operator-key.pem"))
-            .arg(metrics)
-            .output()
-            .await?;
-        let text = String::from_utf8_lossy(&out.stdout).into_owned();
-        let line = text
-            .lines()
-            .find(|l| l.starts_with("holdfast_kms_calls_total"));
-        let count = line.and_then(|l| l.rsplit(' ').next()?.parse::<f64>().ok());
-        Ok(count.with_context(|| format!("no count: {text}"))? as u64)
-    }
-
     /// Has retention leave little more of a tenant than its newest checkpoint.
     pub async fn keep_little(&self, tenant: &str) -> Result<()> {
         let window = ["--keep", "1s", "--keep-checkpoints", "1"];
@@ -586,31 +564,4 @@ pub async fn connect(endpoints: &[String], tenant: &str) -> Result<Client> {
             Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
     }
-}
-
-/// Every file below `dir`.
-pub fn files_below(dir: &Path) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    let mut open = vec![dir.to_path_buf()];
-    while let Some(dir) = open.pop() {
-        for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-            let path = entry.path();
-            match path.is_dir() {
-                true => open.push(path),
-                false => found.push(path),
-            }
-        }
-    }
-    found
-}
-
-/// Flips a bit in the middle of each file.
-pub fn flip(files: &[PathBuf]) -> Result<()> {
-    for file in files {
-        let file = File::options().read(true).write(true).open(file)?;
-        let (middle, mut byte) = (file.metadata()?.len() / 2, [0u8]);
-        file.read_exact_at(&mut byte, middle)?;
-        file.write_all_at(&[byte[0] ^ 1], middle)?;
-    }
-    Ok(())
 }

@@ -4,8 +4,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use etcd_client::Client;
+use holdfast_tests::files::files_below;
 use holdfast_tests::proxy::{Mode, Proxy};
-use holdfast_tests::region::{Region, files_below};
+use holdfast_tests::region::Region;
 use holdfast_tests::servers::{self, Server};
 use rand::Rng;
 use replication::archive::bucket::BucketConfig;

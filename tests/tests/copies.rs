@@ -6,7 +6,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use etcd_client::GetOptions;
 use holdfast_tests::failpoint::interrupted;
-use holdfast_tests::region::{Region, files_below};
+use holdfast_tests::files::files_below;
+use holdfast_tests::region::Region;
 use kms::local::KeyState;
 
 const KEYS: usize = 300;

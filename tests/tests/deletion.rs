@@ -7,7 +7,8 @@ use anyhow::{Result, ensure};
 use daemon::signed::Signed;
 use daemon::tenant::deletion::Certificate;
 use holdfast_tests::failpoint::interrupted;
-use holdfast_tests::region::{Region, files_below, tail};
+use holdfast_tests::files::files_below;
+use holdfast_tests::region::{Region, tail};
 use holdfast_tests::servers::{self, CLOUD_REGION};
 use replication::archive::bucket::BucketConfig;
 

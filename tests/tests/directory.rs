@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use holdfast_tests::region::{Region, files_below, flip};
+use holdfast_tests::files::{files_below, flip};
+use holdfast_tests::region::Region;
 use replication::archive::bucket::Bootstrap;
 
 const COLLECT_AFTER_MS: u64 = 1_000;

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use etcd_client::Client;
+use holdfast_tests::files::{files_below, flip};
 use holdfast_tests::forgetful::Forgetful;
-use holdfast_tests::region::{Region, files_below, flip};
+use holdfast_tests::region::Region;
 use kms::{Secret, TenantId, TenantKeys};
 use replication::engine::{Budget, Cf, Ciphering, Engine, link_dir};
 use tokio::task::JoinSet;

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use daemon::drill::Evidence;
 use daemon::signed::Signed;
-use holdfast_tests::region::{Region, files_below};
+use holdfast_tests::files::files_below;
+use holdfast_tests::region::Region;
 use holdfast_tests::writer::Writer;
 
 const WITHIN: Duration = Duration::from_secs(60);

@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use holdfast_tests::files::files_below;
 use holdfast_tests::history::Clients;
-use holdfast_tests::region::{Region, files_below};
+use holdfast_tests::region::Region;
 use rand::Rng;
 
 /// Rows 1, 2, 3 and 7: leaders and followers are killed and paused under concurrent clients.

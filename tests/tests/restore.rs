@@ -3,9 +3,11 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use etcd_client::{Client, ConnectOptions};
-use holdfast_tests::region::{PASSWORD, Region, files_below};
+use holdfast_tests::files::files_below;
+use holdfast_tests::kms::calls;
+use holdfast_tests::region::{PASSWORD, Region};
 use holdfast_tests::servers;
 use kms::local::KeyState;
 use replication::archive::bucket::BucketConfig;
@@ -124,7 +126,7 @@ async fn a_restored_tenant_takes_one_call_to_its_kms() -> Result<()> {
     region.start_all()?;
     region.all_in("awaiting restore").await?;
     let (ok, table) = region.holdfast(&["restore", "region"]).await?;
-    let calls = region.kms_calls(0).await?;
+    let calls = calls(&region, 0).await?;
     ensure!(ok, "{table}");
     println!("{calls} calls for {TENANTS} tenants and the directory");
     ensure!((TENANTS + 1..TENANTS + 4).contains(&calls), "{calls} calls");
@@ -132,16 +134,21 @@ async fn a_restored_tenant_takes_one_call_to_its_kms() -> Result<()> {
         let mut client = region.client_at(&format!("t{n}"), &[0]).await?;
         check(&mut client, 3).await?;
     }
-    let told = Instant::now();
-    while told.elapsed() < Duration::from_secs(3) {
+    let restored = Instant::now();
+    let mut told = String::new();
+    while restored.elapsed() < Duration::from_secs(3) {
         let address = region.client_address(0).to_string();
         let user = ConnectOptions::new().with_user("app@t0", PASSWORD);
         let read = async {
             let mut client = Client::connect([address], Some(user)).await?;
             client.get("key/0001", None).await
         };
-        ensure!(read.await.is_err(), "a deleted tenant is served");
+        match read.await {
+            Ok(_) => bail!("a deleted tenant is served"),
+            Err(e) => told = e.to_string(),
+        }
     }
+    ensure!(told.contains("it is deleted"), "{told}");
     Ok(())
 }
 

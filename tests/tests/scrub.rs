@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use holdfast_tests::region::{Region, files_below, flip};
+use holdfast_tests::files::{files_below, flip};
+use holdfast_tests::region::Region;
 
 const KEYS: usize = 200;
 

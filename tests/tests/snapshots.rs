@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use etcd_client::Client;
-use holdfast_tests::region::{Region, files_below};
+use holdfast_tests::files::files_below;
+use holdfast_tests::region::Region;
 
 /// Writes more than two checkpoints' worth, so that the log behind them is purged.
 async fn load(client: &mut Client, round: usize) -> Result<()> {

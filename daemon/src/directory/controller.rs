@@ -75,8 +75,7 @@ async fn open_tenant(node: Arc<Node>, tenant: Arc<Tenant>) {
             Ok(group) if tenant.record().group() == id => {
                 let sealed = group.sealed();
                 tracing::info!(tenant = %record.id, incarnation = record.incarnation, ?sealed, "tenant is open");
-                let keys = group.keys().filter(|keys| !keys.asked().is_zero());
-                if let (Some(keys), None) = (keys, tenant.record().withheld()) {
+                if let (Some(keys), None) = (group.keys(), tenant.record().withheld()) {
                     tenant.key.proven(keys.asked());
                 }
                 tenant.set_group(Ok(group.clone()));

@@ -73,7 +73,7 @@ impl Rate {
         }
         let from = self.waiting_until.max(now);
         self.waited += self.due.saturating_duration_since(from);
-        self.waiting_until = self.waiting_until.max(self.due);
+        self.waiting_until = self.due;
         Some(self.due)
     }
 

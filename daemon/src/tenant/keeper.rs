@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kms::lease::{INTERVAL, boottime};
-use kms::{KmsError, Probe, WrappedKeyError};
+use kms::{KmsError, Lease, Probe, WrappedKeyError};
 use replication::group::Group;
 use tokio::time::sleep;
 
@@ -56,8 +56,9 @@ pub async fn keep(node: Arc<Node>, tenant: Arc<Tenant>, group: Arc<Group>) {
         let record = tenant.record();
         record.group() == id && !record.is_destroying()
     };
+    let is_served = group.sealed().is_none() && tenant.record().withheld().is_none();
     tokio::select! {
-        () = sleep(keeper.first()) => {}
+        () = sleep(first(is_served, &tenant.key.lease)) => {}
         () = tenant.nudged() => {}
         _ = sealed.changed() => {}
     }
@@ -87,18 +88,17 @@ pub async fn keep(node: Arc<Node>, tenant: Arc<Tenant>, group: Arc<Group>) {
     group.seal(why).await;
 }
 
-impl Keeper {
-    /// When to ask first: the key was proven when it was unwrapped. Spread: tenants that are opened together
-    /// do not ask together.
-    fn first(&self) -> Duration {
-        let lease = &self.tenant.key.lease;
-        if self.tenant.record().withheld().is_some() || !lease.holds() {
-            return Duration::ZERO;
-        }
-        let due = INTERVAL.mul_f64(rand::random_range(0.3..1.0));
-        due.saturating_sub(lease.age(boottime()))
+/// When to ask first: the key of a tenant that is served was proven when it was unwrapped. Spread: tenants
+/// that are opened together do not ask together.
+fn first(is_served: bool, lease: &Lease) -> Duration {
+    if !is_served || !lease.holds() {
+        return Duration::ZERO;
     }
+    let due = INTERVAL.mul_f64(rand::random_range(0.3..1.0));
+    due.saturating_sub(lease.age(boottime()))
+}
 
+impl Keeper {
     /// Asks once; answers when to ask again.
     async fn round(&mut self) -> Duration {
         if let Some(why) = self.tenant.record().withheld() {
@@ -286,5 +286,25 @@ impl Keeper {
                 tokio::spawn(async move { node.ask(&other.peer_address, &question).await });
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_sealed_or_unproven_asks_at_once_and_who_was_just_proven_later() {
+        let lease = Lease::default();
+        assert_eq!(first(true, &lease), Duration::ZERO);
+        lease.proven(boottime());
+        assert_eq!(first(false, &lease), Duration::ZERO);
+        let due = first(true, &lease);
+        assert!(
+            (INTERVAL.mul_f64(0.29)..=INTERVAL).contains(&due),
+            "{due:?}"
+        );
+        lease.refused(boottime() + Duration::from_millis(1));
+        assert_eq!(first(true, &lease), Duration::ZERO);
     }
 }

@@ -75,8 +75,9 @@ impl KeyStanding {
 
     /// The KMS was asked at `sent`, on the clock of `boottime`, and proved the key usable.
     pub fn proven(&self, sent: Duration) {
-        self.lease.proven(sent);
-        self.times.lock().unproven = None;
+        if self.lease.proven(sent) {
+            self.times.lock().unproven = None;
+        }
     }
 
     /// It was asked at `sent` and proved nothing. Answers whether this is news.
@@ -120,5 +121,21 @@ impl KeyStanding {
             copies: Vec::new(),
             older: None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_question_without_an_answer_is_news_until_a_later_proof() {
+        let (key, second) = (KeyStanding::default(), Duration::from_secs(1));
+        key.proven(second);
+        assert!(key.unproven(5 * second, "no answer"));
+        key.proven(3 * second);
+        assert!(!key.unproven(6 * second, "no answer"));
+        key.proven(7 * second);
+        assert!(key.unproven(8 * second, "no answer"));
     }
 }

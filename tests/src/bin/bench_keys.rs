@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use holdfast_tests::kms::{create_key, with_key};
+use holdfast_tests::kms::{self, create_key, with_key};
 use holdfast_tests::load::Load;
 use holdfast_tests::region::Region;
 use holdfast_tests::served::Served;
@@ -41,7 +41,7 @@ fn row(what: &str, mut took: Vec<Duration>) {
 async fn calls(region: &Region) -> Result<u64> {
     let mut calls = 0;
     for n in 0..region.nodes.len() {
-        calls += region.kms_calls(n).await?;
+        calls += kms::calls(region, n).await?;
     }
     Ok(calls)
 }

@@ -101,7 +101,7 @@ async fn main() -> Result<()> {
         megabytes / seconds,
         megabytes / restored
     );
-    println!("ratio {:.2} (target 0.5)", seconds / restored);
+    println!("ratio {:.2} (target 0.8)", seconds / restored);
     for line in table
         .lines()
         .filter(|l| l.starts_with("acme") || l.starts_with("TENANT"))
